@@ -1,0 +1,70 @@
+//! What a fetch engine has done.
+
+use crate::reason::DropReason;
+
+/// Counts since the engine was made; they only grow.
+///
+/// `datagrams` = `segments_placed` + `header_segments` + `control` + the sum of `drops`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FetchCounters {
+    /// Datagrams given to the engine.
+    pub datagrams: u64,
+    /// Segments of planes that were placed: `Accepted::Segment`.
+    pub segments_placed: u64,
+    /// Their payload.
+    pub segment_bytes_placed: u64,
+    /// Segments of chunk headers.
+    pub header_segments: u64,
+    /// Lookup replies and errors taken in.
+    pub control: u64,
+    /// LOOKUPs sent, repeats included.
+    pub lookups_sent: u64,
+    /// PULLs sent.
+    pub pulls_sent: u64,
+    /// Segments asked for the first time.
+    pub segments_asked: u64,
+    /// Segments asked for again after a timeout.
+    pub segments_asked_again: u64,
+    /// Times that everything in flight of one transfer was given up as lost.
+    pub timeouts: u64,
+    /// Planes that arrived whole.
+    pub planes_arrived: u64,
+    /// Planes with verdict delivered.
+    pub planes_delivered: u64,
+    /// Planes with verdict corrupt.
+    pub planes_corrupt: u64,
+    /// Transfers of planes that ended before they were whole.
+    pub transfers_reset: u64,
+    /// Chunks looked up again because the store no longer knew their handle.
+    pub lookups_again: u64,
+    /// Datagrams dropped, by [`DropReason::index`].
+    pub drops: [u64; DropReason::COUNT],
+}
+
+impl FetchCounters {
+    pub(super) const fn new() -> FetchCounters {
+        FetchCounters {
+            datagrams: 0,
+            segments_placed: 0,
+            segment_bytes_placed: 0,
+            header_segments: 0,
+            control: 0,
+            lookups_sent: 0,
+            pulls_sent: 0,
+            segments_asked: 0,
+            segments_asked_again: 0,
+            timeouts: 0,
+            planes_arrived: 0,
+            planes_delivered: 0,
+            planes_corrupt: 0,
+            transfers_reset: 0,
+            lookups_again: 0,
+            drops: [0; DropReason::COUNT],
+        }
+    }
+
+    /// Datagrams dropped, over all reasons.
+    pub fn dropped(&self) -> u64 {
+        self.drops.iter().sum()
+    }
+}
