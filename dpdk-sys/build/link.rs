@@ -1,0 +1,102 @@
+//! Which libraries are linked, and how.
+
+use super::{Dpdk, feature, pkg_config};
+use std::path::{Path, PathBuf};
+
+/// DPDK's own libraries and the drivers that need nothing but them. Those that only newer or only older releases have are skipped
+/// where they are absent, as are drivers of other processor families.
+const LIBRARIES: &[&str] = &[
+    "log", "argparse", "kvargs", "telemetry", "eal", "ring", "rcu", "mempool", "mbuf", "net", "meter", "ethdev", "hash", "pci",
+    "timer", "cryptodev", "security", "vhost", "dmadev", "gso", "stack", "compressdev",
+    "bus_pci", "bus_vdev", "bus_auxiliary", "mempool_ring", "mempool_stack", "mempool_bucket", "common_iavf",
+    "net_ice", "net_i40e", "net_ixgbe", "net_ena", "net_virtio", "net_vhost",
+    "net_af_packet", "net_tap", "net_memif", "net_ring", "net_null", "compress_zlib",
+];
+
+/// The ones that every supported release has: their absence means a broken installation.
+const REQUIRED: &[&str] = &["eal", "ethdev", "mbuf", "mempool", "ring", "compressdev", "bus_vdev", "mempool_ring", "net_ring"];
+
+/// Feature, drivers it adds, libraries they need in the order the linker wants them.
+const WITH_LIBRARIES: &[(&str, &[&str], &[&str])] = &[
+    ("mlx5", &["common_mlx5", "net_mlx5", "compress_mlx5"], &["mlx5", "ibverbs", "nl-route-3", "nl-3"]),
+    ("af_xdp", &["net_af_xdp"], &["xdp", "bpf", "elf"]),
+    ("pcap", &["net_pcap"], &["pcap"]),
+    ("isal", &["compress_isal"], &[]),
+];
+
+/// What DPDK's libraries themselves need.
+const BASE: &[&str] = &["z", "numa", "bsd", "md"];
+
+pub(crate) fn link(dpdk: &Dpdk) {
+    println!("cargo:rustc-link-search=native={}", dpdk.libdir.display());
+    if feature("shared") { shared() } else { statically(dpdk) }
+}
+
+/// The application side alone; EAL loads the drivers from the folder that libdpdk was built with. net_ring is named because
+/// its `rte_eth_from_rings` is called directly.
+fn shared() {
+    for flag in pkg_config(&["--libs", "libdpdk"]).split_whitespace() {
+        if let Some(library) = flag.strip_prefix("-l") {
+            println!("cargo:rustc-link-lib=dylib={library}");
+        } else if let Some(folder) = flag.strip_prefix("-L") {
+            println!("cargo:rustc-link-search=native={folder}");
+        }
+    }
+    println!("cargo:rustc-link-lib=dylib=rte_net_ring");
+}
+
+fn statically(dpdk: &Dpdk) {
+    for library in LIBRARIES {
+        dpdk_library(dpdk, library);
+    }
+    let mut needed = Vec::new();
+    for (name, drivers, libraries) in WITH_LIBRARIES {
+        if feature(name) {
+            drivers.iter().for_each(|driver| dpdk_library(dpdk, driver));
+            needed.extend_from_slice(libraries);
+        }
+    }
+    needed.extend_from_slice(BASE);
+    for library in needed {
+        external(dpdk, library);
+    }
+    for library in ["m", "dl", "pthread"] {
+        println!("cargo:rustc-link-lib=dylib={library}");
+    }
+}
+
+/// Links one of DPDK's libraries whole: drivers announce themselves in constructors that nothing refers to.
+fn dpdk_library(dpdk: &Dpdk, name: &str) {
+    if dpdk.libdir.join(format!("librte_{name}.a")).exists() {
+        println!("cargo:rustc-link-lib=static:+whole-archive,-bundle=rte_{name}");
+    } else {
+        assert!(
+            !REQUIRED.contains(&name),
+            "librte_{name}.a is not in {}: install libdpdk-dev, or build with the feature `shared`",
+            dpdk.libdir.display()
+        );
+    }
+}
+
+/// Links another project's library: statically where it is installed so, dynamically otherwise.
+fn external(dpdk: &Dpdk, name: &str) {
+    let found = search_path(&dpdk.libdir).into_iter().find(|folder| folder.join(format!("lib{name}.a")).exists());
+    match found {
+        Some(folder) => {
+            println!("cargo:rustc-link-search=native={}", folder.display());
+            println!("cargo:rustc-link-lib=static:-bundle={name}");
+        }
+        None => {
+            println!("cargo:warning=lib{name}.a is not installed: the binary will need lib{name}.so where it runs");
+            println!("cargo:rustc-link-lib=dylib={name}");
+        }
+    }
+}
+
+fn search_path(libdir: &Path) -> Vec<PathBuf> {
+    let mut folders = vec![libdir.to_owned()];
+    if let Ok(architecture) = std::env::var("CARGO_CFG_TARGET_ARCH") {
+        folders.push(PathBuf::from(format!("/usr/lib/{architecture}-linux-gnu")));
+    }
+    folders
+}

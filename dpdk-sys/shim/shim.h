@@ -1,0 +1,71 @@
+/* What Rust sees of DPDK: the headers to bind, and declarations for the functions that DPDK defines inline or keeps in
+ * thread-local variables, which bindgen cannot reach. One line of shim.c each. */
+#ifndef SHIM_H
+#define SHIM_H
+
+#include <stddef.h>
+#include <rte_config.h>
+#include <rte_version.h>
+#include <rte_eal.h>
+#include <rte_errno.h>
+#include <rte_log.h>
+#include <rte_lcore.h>
+#include <rte_launch.h>
+#include <rte_dev.h>
+#include <rte_cycles.h>
+#include <rte_memory.h>
+#include <rte_ring.h>
+#include <rte_mempool.h>
+#include <rte_mbuf.h>
+#include <rte_ether.h>
+#include <rte_ethdev.h>
+#include <rte_eth_ring.h>
+#include <rte_thash.h>
+#include <rte_compressdev.h>
+
+/* The paths of mbuf fields differ between releases (unions were renamed), their C names do not: bindgen evaluates these. */
+enum shim_mbuf_offset {
+	SHIM_MBUF_BUF_ADDR = offsetof(struct rte_mbuf, buf_addr),
+	SHIM_MBUF_DATA_OFF = offsetof(struct rte_mbuf, data_off),
+	SHIM_MBUF_REFCNT = offsetof(struct rte_mbuf, refcnt),
+	SHIM_MBUF_NB_SEGS = offsetof(struct rte_mbuf, nb_segs),
+	SHIM_MBUF_PORT = offsetof(struct rte_mbuf, port),
+	SHIM_MBUF_OL_FLAGS = offsetof(struct rte_mbuf, ol_flags),
+	SHIM_MBUF_PKT_LEN = offsetof(struct rte_mbuf, pkt_len),
+	SHIM_MBUF_DATA_LEN = offsetof(struct rte_mbuf, data_len),
+	SHIM_MBUF_HASH_RSS = offsetof(struct rte_mbuf, hash.rss),
+	SHIM_MBUF_POOL = offsetof(struct rte_mbuf, pool),
+	SHIM_MBUF_NEXT = offsetof(struct rte_mbuf, next),
+	SHIM_MBUF_TX_OFFLOAD = offsetof(struct rte_mbuf, tx_offload),
+	SHIM_MBUF_BUF_LEN = offsetof(struct rte_mbuf, buf_len),
+};
+
+int shim_errno(void);
+unsigned int shim_lcore_id(void);
+uint64_t shim_tsc(void);
+
+uint16_t shim_rx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
+uint16_t shim_tx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
+
+struct rte_mbuf *shim_mbuf_alloc(struct rte_mempool *pool);
+int shim_mbuf_alloc_bulk(struct rte_mempool *pool, struct rte_mbuf **mbufs, unsigned int n);
+void shim_mbuf_free(struct rte_mbuf *mbuf);
+int shim_mbuf_chain(struct rte_mbuf *head, struct rte_mbuf *tail);
+uint16_t shim_pool_data_room(struct rte_mempool *pool);
+
+unsigned int shim_ring_enqueue_burst(struct rte_ring *ring, void *const *items, unsigned int n);
+unsigned int shim_ring_dequeue_burst(struct rte_ring *ring, void **items, unsigned int n);
+unsigned int shim_ring_count(const struct rte_ring *ring);
+unsigned int shim_ring_capacity(const struct rte_ring *ring);
+
+uint32_t shim_softrss(uint32_t *tuple, uint32_t words, const uint8_t *key);
+
+/* Writes the names of all registered log types, one a line, cut at `size`; every linked driver registers one. */
+size_t shim_log_types(char *text, size_t size);
+/* The bus a device sits on ("pci", "vdev", ...). */
+const char *shim_device_bus(const struct rte_device *device);
+const char *shim_device_name(const struct rte_device *device);
+/* 1 when ISA-L's shared library is found, 0 when the compress_isal driver cannot work. */
+int shim_isal_available(void);
+
+#endif
