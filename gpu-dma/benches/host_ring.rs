@@ -1,0 +1,2 @@
+//! Copying planes to the host ring.
+fn main() {}
