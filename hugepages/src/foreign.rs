@@ -42,6 +42,16 @@ pub enum AdoptError {
          maker and one other process: make a new one for each)"
     )]
     Map(io::Error),
+    /// There are not enough free pages for what the memfd's owner did not allocate.
+    #[error(
+        "{bytes} bytes of the memfd are not all allocated, and there is no memory for the rest: {source}"
+    )]
+    NoMemory {
+        /// Bytes in the memfd.
+        bytes: usize,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// Holes in the memory cannot be ruled out.
     #[error(transparent)]
     Seal(#[from] SealError),
@@ -88,7 +98,10 @@ impl Arena {
                 actual,
             });
         }
-        let arena = Self::map(fd, expected_bytes, page).map_err(|errno| AdoptError::Map(errno.into()))?;
+        let arena = Self::map(fd, expected_bytes, page).map_err(|errno| match errno {
+            Errno::NOMEM => AdoptError::NoMemory { bytes: expected_bytes, source: errno.into() },
+            _ => AdoptError::Map(errno.into()),
+        })?;
         arena.close_to_others()?;
         Ok(arena)
     }
