@@ -11,8 +11,9 @@ use hugepages::Arena;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use crate::codec::{DecodeError, decode_completion, encode};
 use crate::handshake::{FromClient, FromDataPlane, HandshakeError, WELCOME_FDS, datagram, parse};
-use crate::message::{Command, Completion, DecodeError, cut_text, decode_completion, encode};
+use crate::message::{Command, Completion, cut_text};
 use crate::ring::RingError;
 use crate::session::{Endpoint, Sent, SessionMemoryError, Side, open};
 use crate::socket::{Peer, SocketError, Stream, connect};

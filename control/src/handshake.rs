@@ -12,12 +12,13 @@
 //! One datagram of a `SOCK_SEQPACKET` socket is one message. Its first eight bytes never change between
 //! versions: `"SHSV"`, the version (u16), the kind (u16), little-endian. Kind 0 is followed by a message in
 //! postcard, which only the same version can read. Kind 1 is followed by plain text, the reason why the sender
-//! ends the session, which every version can read.
+//! ends the session. The data plane sends one to a client of another version too, which learns the version from it.
 
 use serde::{Deserialize, Serialize};
 
 use crate::VERSION;
-use crate::message::{cut_text, encode};
+use crate::codec::encode;
+use crate::message::cut_text;
 
 /// Most bytes of one socket message.
 pub const MAX_SOCKET_BYTES: usize = 4096;
@@ -129,7 +130,7 @@ pub fn parse<'a, T: Deserialize<'a>>(datagram: &'a [u8]) -> Result<T, HandshakeE
         return Err(HandshakeError::Foreign);
     }
     let (theirs, kind) = (u16::from_le_bytes([v0, v1]), u16::from_le_bytes([k0, k1]));
-    if kind == KIND_REFUSAL {
+    if kind == KIND_REFUSAL && theirs == VERSION {
         return Err(HandshakeError::Refused(String::from_utf8_lossy(body).into_owned()));
     }
     if theirs != VERSION {

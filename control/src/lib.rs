@@ -4,18 +4,21 @@
 //! rings in shared memory ([`ring`]) whose memory is passed over a Unix socket ([`socket`]); the data plane's
 //! side of such a session is [`ServerSession`], the serving process's side [`ClientSession`].
 //!
-//! Reading order: [`layout`] and [`message`] (what is said), [`ring`] and [`doorbell`] (how bytes cross),
+//! Reading order: [`layout`], [`message`], [`check`] and [`codec`] (what is said), [`ring`] and [`doorbell`] (how bytes cross),
 //! [`session`] (where things lie in the shared memory), [`socket`] and [`handshake`] (how the memory gets
-//! across), [`server`] and [`attach`] (the two ends).
+//! across), [`listener`], [`server`] and [`attach`] (the two ends).
 //!
 //! Everything that the other process can write is treated as hostile: cursors, lengths and messages are read
 //! once, checked, and only then used. A peer that breaks the rules costs it its session, never this process.
 #![forbid(unsafe_code)]
 
 pub mod attach;
+pub mod check;
+pub mod codec;
 pub mod doorbell;
 pub mod handshake;
 pub mod layout;
+pub mod listener;
 pub mod message;
 pub mod ring;
 pub mod server;
@@ -23,14 +26,14 @@ pub mod session;
 pub mod socket;
 mod work;
 
-pub use attach::{AttachError, ClientSession, RegionReply};
+pub use attach::{AttachError, ClientSession, ClientSessionError, RegionReply};
+pub use check::CommandError;
+pub use codec::DecodeError;
 pub use layout::{Dtype, Layout, LayoutError, Shape};
-pub use message::{
-    ChunkPlace, Codec, Command, CommandError, Completion, DecodeError, Missing, MissingReason, Outcome,
-    StoredChunk,
-};
+pub use listener::{Limits, Listener};
+pub use message::{ChunkPlace, Codec, Command, Completion, Missing, MissingReason, Outcome, StoredChunk};
 pub use ring::RingError;
-pub use server::{Limits, Listener, ServerSession, SessionError, SocketEvent};
+pub use server::{ServerSession, SessionError, SocketEvent};
 pub use session::{Sent, now_ns};
 pub use socket::{BindError, Peer, SocketError};
 

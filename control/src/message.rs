@@ -1,14 +1,8 @@
-//! Commands, completions, and their bytes.
-//!
-//! A message is encoded with `postcard` (variable-length integers, little-endian, no self-description) and
-//! framed by its carrier. Decoding is bounded: a frame is at most [`MAX_MESSAGE_BYTES`], no collection can
-//! claim more items than the frame has bytes, and what is left over after the message is an error.
+//! Commands and completions: what is said, whatever carries it.
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::CHUNK_TOKENS;
-use crate::layout::{Dtype, Layout, LayoutError, Shape};
+use crate::layout::{Dtype, Layout, Shape};
 
 /// Most chunks that one fetch may name: a million tokens.
 pub const MAX_CHUNKS_PER_FETCH: usize = 4096;
@@ -76,7 +70,7 @@ impl std::str::FromStr for Codec {
 pub struct ChunkPlace {
     /// The chunk's name.
     pub key: [u8; 32],
-    /// Tokens that the chunk holds, 1 to [`CHUNK_TOKENS`].
+    /// Tokens that the chunk holds, 1 to [`crate::CHUNK_TOKENS`].
     pub tokens: u16,
     /// Offset in the region at which the layout's strides start, bytes.
     pub offset: u64,
@@ -192,7 +186,7 @@ pub struct Missing {
 /// A chunk that a lookup found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredChunk {
-    /// Tokens that it holds, 1 to [`CHUNK_TOKENS`].
+    /// Tokens that it holds, 1 to [`crate::CHUNK_TOKENS`].
     pub tokens: u16,
     /// Its size as stored, bytes: what the link will carry.
     pub encoded_bytes: u64,
@@ -270,116 +264,6 @@ pub enum Completion {
     },
 }
 
-/// Why bytes are no message.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum DecodeError {
-    /// More bytes than any message has.
-    #[error("a message of {bytes} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")]
-    TooLong {
-        /// Bytes of the frame.
-        bytes: usize,
-    },
-    /// Not the encoding of a message.
-    #[error("not a message of version {version}: {source}", version = crate::VERSION)]
-    Malformed {
-        /// What postcard found.
-        #[from]
-        source: postcard::Error,
-    },
-    /// A message and then something else.
-    #[error("{bytes} bytes follow the end of a message")]
-    Trailing {
-        /// How many.
-        bytes: usize,
-    },
-    /// The message contradicts itself or exceeds a limit.
-    #[error("the message breaks the protocol: {0}")]
-    Invalid(&'static str),
-}
-
-/// Why a command that could be read is not carried out. The text is what [`Completion::Refused`] carries.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CommandError {
-    /// No key, or too many.
-    #[error("a lookup names {keys} keys: name 1 to {MAX_KEYS_PER_LOOKUP}")]
-    KeyCount {
-        /// How many.
-        keys: usize,
-    },
-    /// No chunk, or too many.
-    #[error("a fetch names {chunks} chunks: name 1 to {MAX_CHUNKS_PER_FETCH}, and split a longer one")]
-    ChunkCount {
-        /// How many.
-        chunks: usize,
-    },
-    /// No time, or too much.
-    #[error("a timeout of {timeout_ms} ms is out of range: give 1 to {MAX_TIMEOUT_MS} ms")]
-    Timeout {
-        /// As given.
-        timeout_ms: u32,
-    },
-    /// A chunk's token count is impossible.
-    #[error("chunk {chunk} claims {tokens} tokens: a chunk holds 1 to {CHUNK_TOKENS}")]
-    Tokens {
-        /// Index into the fetch's chunks.
-        chunk: usize,
-        /// As given.
-        tokens: u16,
-    },
-    /// The layout cannot hold the shape.
-    #[error("the layout does not fit the shape: {0}")]
-    Layout(#[from] LayoutError),
-    /// No such region.
-    #[error("region {region} is not registered in this session: register memory first and use its region")]
-    UnknownRegion {
-        /// As given.
-        region: u32,
-    },
-    /// A chunk would reach beyond its region.
-    #[error(
-        "chunk {chunk} at offset {offset} needs {extent_bytes} bytes, but the region has {region_bytes}: \
-         place it lower or register a larger region"
-    )]
-    OutsideRegion {
-        /// Index into the fetch's chunks.
-        chunk: usize,
-        /// Its offset, bytes.
-        offset: u64,
-        /// What it spans, bytes.
-        extent_bytes: u64,
-        /// What there is, bytes.
-        region_bytes: u64,
-    },
-    /// The offset would split elements.
-    #[error("chunk {chunk} is placed at the odd offset {offset}, but an element has 2 bytes: make it even")]
-    OddOffset {
-        /// Index into the fetch's chunks.
-        chunk: usize,
-        /// Its offset, bytes.
-        offset: u64,
-    },
-    /// The id is taken.
-    #[error("the id {id} already names a command under way: use every id once")]
-    DuplicateId {
-        /// As given.
-        id: u64,
-    },
-    /// Too much is under way.
-    #[error("{limit} commands are under way, which is the limit: wait for some to end")]
-    TooManyCommands {
-        /// How many are allowed.
-        limit: usize,
-    },
-    /// The region is in use.
-    #[error("region {region} still receives {fetches} fetches: cancel them or wait for their end first")]
-    RegionBusy {
-        /// As given.
-        region: u32,
-        /// Fetches under way into it.
-        fetches: u32,
-    },
-}
-
 impl Command {
     /// The command's id; for [`Command::Cancel`], that of what it cancels.
     #[must_use]
@@ -392,64 +276,6 @@ impl Command {
             | Self::Stats { id } => id,
         }
     }
-
-    /// Checks everything that can be judged from the command and its region alone. `region_bytes` gives the
-    /// size of a registered region.
-    ///
-    /// # Errors
-    /// The first thing wrong with it.
-    pub fn check(&self, region_bytes: impl Fn(u32) -> Option<u64>) -> Result<(), CommandError> {
-        match self {
-            Self::Lookup { keys, timeout_ms, .. } => {
-                if keys.is_empty() || keys.len() > MAX_KEYS_PER_LOOKUP {
-                    return Err(CommandError::KeyCount { keys: keys.len() });
-                }
-                check_timeout(*timeout_ms)
-            }
-            Self::Fetch { timeout_ms, region, layout, shape, chunks, .. } => {
-                check_timeout(*timeout_ms)?;
-                if chunks.is_empty() || chunks.len() > MAX_CHUNKS_PER_FETCH {
-                    return Err(CommandError::ChunkCount { chunks: chunks.len() });
-                }
-                let region_bytes =
-                    region_bytes(*region).ok_or(CommandError::UnknownRegion { region: *region })?;
-                check_places(layout, shape, chunks, region_bytes)
-            }
-            Self::Unregister { region, .. } => match region_bytes(*region) {
-                Some(_) => Ok(()),
-                None => Err(CommandError::UnknownRegion { region: *region }),
-            },
-            Self::Cancel { .. } | Self::Stats { .. } => Ok(()),
-        }
-    }
-}
-
-fn check_timeout(timeout_ms: u32) -> Result<(), CommandError> {
-    if timeout_ms == 0 || timeout_ms > MAX_TIMEOUT_MS {
-        return Err(CommandError::Timeout { timeout_ms });
-    }
-    Ok(())
-}
-
-fn check_places(
-    layout: &Layout,
-    shape: &Shape,
-    chunks: &[ChunkPlace],
-    region_bytes: u64,
-) -> Result<(), CommandError> {
-    for (chunk, &ChunkPlace { tokens, offset, .. }) in chunks.iter().enumerate() {
-        if tokens == 0 || tokens > CHUNK_TOKENS {
-            return Err(CommandError::Tokens { chunk, tokens });
-        }
-        let extent_bytes = layout.extent_bytes(shape, tokens)?;
-        if offset % shape.dtype.bytes() != 0 {
-            return Err(CommandError::OddOffset { chunk, offset });
-        }
-        if offset.checked_add(extent_bytes).is_none_or(|end| end > region_bytes) {
-            return Err(CommandError::OutsideRegion { chunk, offset, extent_bytes, region_bytes });
-        }
-    }
-    Ok(())
 }
 
 impl Completion {
@@ -496,37 +322,6 @@ impl Completion {
             | Self::Stats { .. } => {}
         }
     }
-
-    /// Checks what a client relies on: counts that agree, and limits.
-    fn check(&self) -> Result<(), DecodeError> {
-        match self {
-            Self::LookedUp { found, chunks, shape, codec, .. } => {
-                if usize::try_from(*found) != Ok(chunks.len()) {
-                    return Err(DecodeError::Invalid("a lookup's count and its list of chunks differ"));
-                }
-                if chunks.len() > MAX_KEYS_PER_LOOKUP {
-                    return Err(DecodeError::Invalid("a lookup found more chunks than any lookup may name"));
-                }
-                if chunks.iter().any(|chunk| chunk.tokens == 0 || chunk.tokens > CHUNK_TOKENS) {
-                    return Err(DecodeError::Invalid("a stored chunk has an impossible number of tokens"));
-                }
-                if *found > 0 && (codec.is_none() || !shape.is_some_and(|shape| shape.is_valid())) {
-                    return Err(DecodeError::Invalid("a lookup found chunks but gives no shape or codec"));
-                }
-                Ok(())
-            }
-            Self::Ended { outcome, missing, .. } => {
-                if missing.len() > MAX_CHUNKS_PER_FETCH {
-                    return Err(DecodeError::Invalid("a fetch misses more chunks than any fetch may name"));
-                }
-                if *outcome == Outcome::Done && !missing.is_empty() {
-                    return Err(DecodeError::Invalid("a fetch is done but misses chunks"));
-                }
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 /// Cuts `text` to [`MAX_TEXT_BYTES`] at a character's end.
@@ -535,39 +330,4 @@ pub(crate) fn cut_text(text: &mut String) {
         let end = (0..=MAX_TEXT_BYTES).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
         text.truncate(end);
     }
-}
-
-/// Encodes `message` into `out`, which is emptied first. The result may exceed [`MAX_MESSAGE_BYTES`] when a
-/// list or text does; the carriers check.
-pub fn encode<T: Serialize>(message: &T, out: &mut Vec<u8>) {
-    out.clear();
-    let bytes = postcard::to_extend(message, std::mem::take(out));
-    // Writing to a Vec cannot fail, and none of these types has a length unknown in advance.
-    *out = bytes.unwrap_or_default();
-}
-
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
-    if bytes.len() > MAX_MESSAGE_BYTES {
-        return Err(DecodeError::TooLong { bytes: bytes.len() });
-    }
-    let (message, rest) = postcard::take_from_bytes(bytes)?;
-    if rest.is_empty() { Ok(message) } else { Err(DecodeError::Trailing { bytes: rest.len() }) }
-}
-
-/// Decodes one command. What it asks for is not judged here: see [`Command::check`].
-///
-/// # Errors
-/// When the bytes are not exactly one command.
-pub fn decode_command(bytes: &[u8]) -> Result<Command, DecodeError> {
-    decode(bytes)
-}
-
-/// Decodes one completion and checks that it does not contradict itself.
-///
-/// # Errors
-/// When the bytes are not exactly one sound completion.
-pub fn decode_completion(bytes: &[u8]) -> Result<Completion, DecodeError> {
-    let completion: Completion = decode(bytes)?;
-    completion.check()?;
-    Ok(completion)
 }

@@ -1,6 +1,6 @@
-//! The data plane's side: who listens, and one session per client.
+//! The data plane's side of one client's session.
 //!
-//! All of it is driven by the control thread, which polls [`Listener::fd`], and of each session
+//! It is driven by the control thread, which polls [`crate::Listener::fd`], and of each session
 //! [`ServerSession::fd`] and [`ServerSession::doorbell_fd`]. Nothing blocks. One pass over a session is:
 //!
 //! 1. `set_sleeping(false)`; `handle_socket` (regions come and the session may end);
@@ -10,107 +10,20 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hugepages::Arena;
 
+use crate::codec::{DecodeError, decode_command, encode};
 use crate::doorbell::line_pair;
 use crate::handshake::{FromClient, FromDataPlane, HandshakeError, datagram, parse, refusal};
-use crate::message::{Command, Completion, DecodeError, MAX_STATS_BYTES, cut_text, decode_command, encode};
+use crate::listener::Limits;
+use crate::message::{Command, Completion, MAX_STATS_BYTES, cut_text};
 use crate::ring::RingError;
 use crate::session::{Endpoint, Pulse, Sent, SessionMemoryError, Side, create};
-use crate::socket::{BindError, Bound, Peer, SocketError, Stream};
+use crate::socket::{Peer, SocketError, Stream};
 use crate::work::Work;
-
-/// What one data plane grants to its clients. All of it is memory or work that a client can cause.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Clients at a time, those that have not said hello included.
-    pub sessions: usize,
-    /// Regions that one client may have registered.
-    pub regions: usize,
-    /// Memory that one client may have registered, all regions together, bytes.
-    pub region_bytes: u64,
-    /// Commands of one client under way.
-    pub commands: usize,
-}
-
-impl Default for Limits {
-    /// 64 clients; each 16 regions, 64 GiB of them, and 1024 commands under way.
-    fn default() -> Self {
-        Self { sessions: 64, regions: 16, region_bytes: 64 << 30, commands: 1024 }
-    }
-}
-
-/// The socket on which clients arrive. Dropping it removes the socket file.
-#[derive(Debug)]
-pub struct Listener {
-    bound: Bound,
-    limits: Limits,
-    name: String,
-    /// One clone per session: their count is the number of sessions.
-    sessions: Arc<()>,
-}
-
-impl Listener {
-    /// Listens at `path` with [`Limits::default`]. Only those may connect whom `mode` (0o660 in general) lets
-    /// write to the file; `group` names the group or its number.
-    ///
-    /// # Errors
-    /// See [`BindError`]; a stale socket file is no error, it is replaced.
-    pub fn bind(path: impl AsRef<Path>, mode: u32, group: Option<&str>) -> Result<Self, BindError> {
-        let bound = Bound::new(path.as_ref(), mode, group)?;
-        let name = format!("shadowserve {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { bound, limits: Limits::default(), name, sessions: Arc::new(()) })
-    }
-
-    /// Sets what later clients are granted.
-    #[must_use]
-    pub fn with_limits(mut self, limits: Limits) -> Self {
-        self.limits = limits;
-        self
-    }
-
-    /// Readable when a client waits.
-    #[must_use]
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.bound.fd()
-    }
-
-    /// Where it listens.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        self.bound.path()
-    }
-
-    /// Sessions that exist now.
-    #[must_use]
-    pub fn sessions(&self) -> usize {
-        Arc::strong_count(&self.sessions) - 1
-    }
-
-    /// The next client, if one waits. Its session becomes usable in [`ServerSession::handle_socket`]; until
-    /// then it has no commands. A client beyond [`Limits::sessions`] is told so and let go.
-    ///
-    /// # Errors
-    /// When the system has no descriptor left for it. The client goes on waiting and [`Listener::fd`] stays
-    /// readable: wait a little before the next call.
-    pub fn accept(&self) -> io::Result<Option<ServerSession>> {
-        let Some(stream) = self.bound.accept()? else { return Ok(None) };
-        if self.sessions() >= self.limits.sessions {
-            let reason = format!(
-                "the data plane has {} clients, which is its limit: close one, or raise its limit",
-                self.limits.sessions
-            );
-            let _ = stream.send(&refusal(&reason), &[]);
-            return Ok(None);
-        }
-        let session = ServerSession::new(stream, self.limits, self.name.clone(), Arc::clone(&self.sessions))?;
-        Ok(Some(session))
-    }
-}
 
 /// Why a session cannot go on. Drop it: the client sees its socket hang up.
 #[derive(Debug, thiserror::Error)]
@@ -210,7 +123,7 @@ pub struct ServerSession {
 }
 
 impl ServerSession {
-    fn new(stream: Stream, limits: Limits, name: String, counted: Arc<()>) -> io::Result<Self> {
+    pub(crate) fn new(stream: Stream, limits: Limits, name: String, counted: Arc<()>) -> io::Result<Self> {
         let (ours, theirs) = line_pair()?;
         let peer = stream.peer();
         Ok(Self {

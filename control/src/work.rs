@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use hugepages::{AdoptError, Arena};
 
-use crate::message::{Command, CommandError, Completion};
-use crate::server::Limits;
+use crate::check::CommandError;
+use crate::listener::Limits;
+use crate::message::{Command, Completion};
 
 /// Why a region was not registered. The text goes to the client.
 #[derive(Debug, thiserror::Error)]
