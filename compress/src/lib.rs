@@ -1,0 +1,45 @@
+//! Codecs for KV cache planes, and the encoded chunk that a store keeps and the data plane decodes.
+//!
+//! A chunk holds the K and V of all layers for up to [`CHUNK_TOKENS`] tokens. Each K or V of one layer is a *plane*,
+//! `[tokens, kv_heads, head_dim]` row-major in 16-bit floats, and is encoded, checked and decoded alone. The bytes of
+//! an encoded chunk are specified in `docs/FORMAT.md`.
+//!
+//! - [`Encoder`] turns the planes of a chunk into one byte string.
+//! - [`ChunkView`] reads the header and the table of planes without allocating; [`ChunkHeader`] is its owned copy.
+//! - [`Decoder`] checks, decompresses and dequantizes one plane, without allocating.
+//! - [`reference`] says the same slowly, as the oracle of tests and of the demo.
+//!
+//! Arrows: nothing here knows of sockets, packets or DPDK.
+
+mod checksum;
+mod codec;
+mod decoder;
+mod dequantize;
+mod dtype;
+mod encoder;
+mod format;
+mod frame;
+mod lossless;
+mod payload;
+mod quantize;
+pub mod reference;
+mod shape;
+mod view;
+
+pub use checksum::crc32c;
+pub use codec::{Codec, Quantizer, UnknownCodec};
+pub use decoder::{DecodeError, Decoder};
+pub use dtype::Dtype;
+pub use encoder::{DEFAULT_ZSTD_LEVEL, EncodeError, Encoder};
+pub use format::{
+    ENTRY_BYTES, FIXED_HEADER_BYTES, FORMAT_VERSION, FormatError, MAGIC, MAX_CHUNK_BYTES, MAX_HEADER_BYTES,
+    PlaneEntry, header_bytes,
+};
+pub use frame::FrameError;
+pub use payload::{LayoutError, max_encoded_bytes};
+pub use reference::reference_decode;
+pub use shape::{
+    CHUNK_TOKENS, MAX_LAYERS, MAX_PLANE_BYTES, MAX_PLANES, MIN_QUANTIZED_HEAD_DIM, Shape, ShapeError, Side,
+    plane_index, plane_of,
+};
+pub use view::{ChunkHeader, ChunkView, Planes, plane_table};
