@@ -109,6 +109,18 @@ pub struct ClientSession {
     line: Arc<OwnedFd>,
     data_plane: String,
     buffer: Vec<u8>,
+    /// Of the process that connected.
+    pid: u32,
+}
+
+impl Drop for ClientSession {
+    /// Hangs up, whoever still holds duplicates of the socket; but not in a forked child, whose parent goes on.
+    fn drop(&mut self) {
+        if std::process::id() == self.pid {
+            // Fails only if the peer hung up first.
+            let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
+        }
+    }
 }
 
 impl ClientSession {
@@ -127,7 +139,11 @@ impl ClientSession {
         let stream = dial(path, deadline)?.ok_or_else(timed_out)?;
         let mut name = name.to_owned();
         cut_text(&mut name);
-        stream.send(&datagram(&FromClient::Hello { name }), &[]).map_err(socket)?;
+        match stream.send(&datagram(&FromClient::Hello { name }), &[]) {
+            // Turned away before it could say hello: the reason waits to be read.
+            Ok(()) | Err(SocketError::HungUp) => {}
+            Err(error) => return Err(socket(error)),
+        }
         let mut buffer = Vec::new();
         let fds = await_message(&stream, &mut buffer, deadline).map_err(socket)?.ok_or_else(timed_out)?;
         let FromDataPlane::Welcome { name: data_plane } = parse(&buffer).map_err(handshake)? else {
@@ -142,7 +158,7 @@ impl ClientSession {
         let endpoint = Endpoint::new(open(memory)?, Side::Client, Arc::clone(&line))?;
         endpoint.beat(crate::now_ns());
         stream.send(&datagram(&FromClient::Attached), &[]).map_err(socket)?;
-        Ok(Self { stream, endpoint, line, data_plane, buffer })
+        Ok(Self { stream, endpoint, line, data_plane, buffer, pid: std::process::id() })
     }
 
     /// What the data plane calls itself: program and version.

@@ -323,8 +323,11 @@ impl ServerSession {
             cut.cut_texts();
             encode(&cut, &mut self.buffer);
         }
-        let sent = endpoint.send(&self.buffer);
-        sent.map_err(|error| self.end(error.into()))
+        match endpoint.send(&self.buffer) {
+            Ok(sent) => Ok(sent),
+            Err(RingError::TooLong { bytes, limit }) => Err(SessionError::TooLong { bytes, limit }),
+            Err(error) => Err(self.end(error.into())),
+        }
     }
 
     /// Sends a completion. [`Sent::Full`] when the client does not keep up: keep it (progress may be dropped)

@@ -186,8 +186,14 @@ impl Stream {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let received =
-            rustix::net::recvmsg(&self.0, &mut [io::IoSliceMut::new(bytes)], &mut ancillary, flags);
+        let mut receive =
+            || rustix::net::recvmsg(&self.0, &mut [io::IoSliceMut::new(bytes)], &mut ancillary, flags);
+        // A peer that closed with our bytes unread resets the connection; what it had sent before, such as why,
+        // can be read after that.
+        let received = match receive() {
+            Err(Errno::CONNRESET) => receive(),
+            received => received,
+        };
         let received = match received {
             Ok(received) => received,
             Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
