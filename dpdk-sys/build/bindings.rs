@@ -12,7 +12,16 @@ const FUNCTIONS: &[&str] = &[
     "rte_compressdev_.*|rte_comp_.*",
 ];
 
-const TYPES: &[&str] = &["shim_.*", "rte_mbuf", "rte_mempool", "rte_ring", "rte_eth_.*", "rte_comp_.*", "rte_compressdev_.*", "rte_lcore_.*"];
+const TYPES: &[&str] = &[
+    "shim_.*",
+    "rte_mbuf",
+    "rte_mempool",
+    "rte_ring",
+    "rte_eth_.*",
+    "rte_comp_.*",
+    "rte_compressdev_.*",
+    "rte_lcore_.*",
+];
 
 const VARIABLES: &[&str] = &[
     "SHIM_.*",
@@ -25,7 +34,8 @@ const VARIABLES: &[&str] = &[
 ];
 
 /// Types that Rust cannot lay out (bit fields that are packed and aligned at once). None is reached through these bindings.
-const OPAQUE: &[&str] = &["rte_arp_hdr", "rte_arp_ipv4", "rte_l2tpv2_combined_msg_hdr", "rte_gtp_psc_generic_hdr"];
+const OPAQUE: &[&str] =
+    &["rte_arp_hdr", "rte_arp_ipv4", "rte_l2tpv2_combined_msg_hdr", "rte_gtp_psc_generic_hdr"];
 
 pub(crate) fn generate(dpdk: &Dpdk, out: &Path) {
     let mut builder = bindgen::Builder::default()
@@ -53,7 +63,10 @@ pub(crate) fn generate(dpdk: &Dpdk, out: &Path) {
         builder = builder.opaque_type(pattern);
     }
     let bindings = builder.generate().unwrap_or_else(|error| {
-        panic!("cannot bind DPDK {}: {error}. Is libclang installed (apt-get install libclang-dev)?", dpdk.version)
+        panic!(
+            "cannot bind DPDK {}: {error}. Is libclang installed (apt-get install libclang-dev)?",
+            dpdk.version
+        )
     });
     bindings.write_to_file(out.join("bindings.rs")).expect("OUT_DIR is writable");
 }

@@ -6,15 +6,52 @@ use std::path::{Path, PathBuf};
 /// DPDK's own libraries and the drivers that need nothing but them. Those that only newer or only older releases have are skipped
 /// where they are absent, as are drivers of other processor families.
 const LIBRARIES: &[&str] = &[
-    "log", "argparse", "kvargs", "telemetry", "eal", "ring", "rcu", "mempool", "mbuf", "net", "meter", "ethdev", "hash", "pci",
-    "timer", "cryptodev", "security", "vhost", "dmadev", "gso", "stack", "compressdev",
-    "bus_pci", "bus_vdev", "bus_auxiliary", "mempool_ring", "mempool_stack", "mempool_bucket", "common_iavf",
-    "net_ice", "net_i40e", "net_ixgbe", "net_ena", "net_virtio", "net_vhost",
-    "net_af_packet", "net_tap", "net_memif", "net_ring", "net_null", "compress_zlib",
+    "log",
+    "argparse",
+    "kvargs",
+    "telemetry",
+    "eal",
+    "ring",
+    "rcu",
+    "mempool",
+    "mbuf",
+    "net",
+    "meter",
+    "ethdev",
+    "hash",
+    "pci",
+    "timer",
+    "cryptodev",
+    "security",
+    "vhost",
+    "dmadev",
+    "gso",
+    "stack",
+    "compressdev",
+    "bus_pci",
+    "bus_vdev",
+    "bus_auxiliary",
+    "mempool_ring",
+    "mempool_stack",
+    "mempool_bucket",
+    "common_iavf",
+    "net_ice",
+    "net_i40e",
+    "net_ixgbe",
+    "net_ena",
+    "net_virtio",
+    "net_vhost",
+    "net_af_packet",
+    "net_tap",
+    "net_memif",
+    "net_ring",
+    "net_null",
+    "compress_zlib",
 ];
 
 /// The ones that every supported release has: their absence means a broken installation.
-const REQUIRED: &[&str] = &["eal", "ethdev", "mbuf", "mempool", "ring", "compressdev", "bus_vdev", "mempool_ring", "net_ring"];
+const REQUIRED: &[&str] =
+    &["eal", "ethdev", "mbuf", "mempool", "ring", "compressdev", "bus_vdev", "mempool_ring", "net_ring"];
 
 /// Feature, drivers it adds, libraries they need in the order the linker wants them.
 const WITH_LIBRARIES: &[(&str, &[&str], &[&str])] = &[
@@ -80,14 +117,17 @@ fn dpdk_library(dpdk: &Dpdk, name: &str) {
 
 /// Links another project's library: statically where it is installed so, dynamically otherwise.
 fn external(dpdk: &Dpdk, name: &str) {
-    let found = search_path(&dpdk.libdir).into_iter().find(|folder| folder.join(format!("lib{name}.a")).exists());
+    let found =
+        search_path(&dpdk.libdir).into_iter().find(|folder| folder.join(format!("lib{name}.a")).exists());
     match found {
         Some(folder) => {
             println!("cargo:rustc-link-search=native={}", folder.display());
             println!("cargo:rustc-link-lib=static:-bundle={name}");
         }
         None => {
-            println!("cargo:warning=lib{name}.a is not installed: the binary will need lib{name}.so where it runs");
+            println!(
+                "cargo:warning=lib{name}.a is not installed: the binary will need lib{name}.so where it runs"
+            );
             println!("cargo:rustc-link-lib=dylib={name}");
         }
     }

@@ -45,10 +45,9 @@ pub(crate) fn feature(name: &str) -> bool {
 /// Runs pkg-config and returns what it printed.
 pub(crate) fn pkg_config(arguments: &[&str]) -> String {
     let program = env::var("PKG_CONFIG").unwrap_or_else(|_| "pkg-config".to_owned());
-    let output = Command::new(&program)
-        .args(arguments)
-        .output()
-        .unwrap_or_else(|error| panic!("cannot run {program} ({error}): apt-get install pkg-config libdpdk-dev"));
+    let output = Command::new(&program).args(arguments).output().unwrap_or_else(|error| {
+        panic!("cannot run {program} ({error}): apt-get install pkg-config libdpdk-dev")
+    });
     assert!(
         output.status.success(),
         "DPDK is not installed (apt-get install libdpdk-dev), or PKG_CONFIG_PATH does not lead to libdpdk.pc: {}",

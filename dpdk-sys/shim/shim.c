@@ -1,12 +1,64 @@
 #include "shim.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-#if RTE_VERSION >= RTE_VERSION_NUM(22, 11, 0, 0)
 #include <rte_bus.h>
-#endif
+
+/* Sends standard output, where a wrong argument makes EAL print its usage, to /dev/null. Returns what restore_stdout needs. */
+static int silence_stdout(void)
+{
+	fflush(stdout);
+	int saved = dup(STDOUT_FILENO);
+	int null = open("/dev/null", O_WRONLY | O_CLOEXEC);
+	if (saved >= 0 && null >= 0)
+		dup2(null, STDOUT_FILENO);
+	if (null >= 0)
+		close(null);
+	return saved;
+}
+
+static void restore_stdout(int saved)
+{
+	fflush(stdout);
+	if (saved < 0)
+		return;
+	dup2(saved, STDOUT_FILENO);
+	close(saved);
+}
+
+int shim_eal_init(int argc, char **argv, char *log, size_t size)
+{
+	char *text = NULL;
+	size_t length = 0;
+	FILE *stream = open_memstream(&text, &length);
+	if (stream != NULL)
+		rte_openlog_stream(stream);
+	int saved = silence_stdout();
+	rte_errno = 0;
+	int result = rte_eal_init(argc, argv);
+	if (result < 0)
+		result = rte_errno != 0 ? -rte_errno : -EINVAL;
+	restore_stdout(saved);
+	rte_openlog_stream(stderr);
+	if (size > 0)
+		log[0] = '\0';
+	if (stream == NULL)
+		return result;
+	/* Not closed: another thread of EAL may be in the midst of writing to it. */
+	fflush(stream);
+	if (size > 0 && text != NULL) {
+		if (length >= size)
+			length = size - 1;
+		memcpy(log, text, length);
+		log[length] = '\0';
+	}
+	return result;
+}
 
 int shim_errno(void) { return rte_errno; }
 unsigned int shim_lcore_id(void) { return rte_lcore_id(); }
@@ -20,6 +72,12 @@ uint16_t shim_rx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, u
 uint16_t shim_tx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n)
 {
 	return rte_eth_tx_burst(port, queue, mbufs, n);
+}
+
+int shim_link_up(uint16_t port)
+{
+	struct rte_eth_link link = {0};
+	return rte_eth_link_get_nowait(port, &link) == 0 && link.link_status == RTE_ETH_LINK_UP;
 }
 
 struct rte_mbuf *shim_mbuf_alloc(struct rte_mempool *pool) { return rte_pktmbuf_alloc(pool); }

@@ -40,12 +40,19 @@ enum shim_mbuf_offset {
 	SHIM_MBUF_BUF_LEN = offsetof(struct rte_mbuf, buf_len),
 };
 
+/* rte_eal_init with standard output closed to it, and its messages in `log` (cut at `size`, NUL-terminated). Messages that come later go to
+ * standard error. Returns what rte_eal_init returned, or minus rte_errno. */
+int shim_eal_init(int argc, char **argv, char *log, size_t size);
+
 int shim_errno(void);
 unsigned int shim_lcore_id(void);
 uint64_t shim_tsc(void);
 
 uint16_t shim_rx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
 uint16_t shim_tx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
+
+/* 1 when the link is up; never waits for it. */
+int shim_link_up(uint16_t port);
 
 struct rte_mbuf *shim_mbuf_alloc(struct rte_mempool *pool);
 int shim_mbuf_alloc_bulk(struct rte_mempool *pool, struct rte_mbuf **mbufs, unsigned int n);

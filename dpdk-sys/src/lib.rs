@@ -3,7 +3,14 @@
 //! Everything here is `unsafe` and undecorated; the `dpdk` crate wraps it. `build/link.rs` says what is linked.
 
 // The lints that generated code cannot meet.
-#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, non_snake_case, unsafe_op_in_unsafe_fn, unreachable_pub)]
+#[allow(
+    missing_docs,
+    non_camel_case_types,
+    non_upper_case_globals,
+    non_snake_case,
+    unsafe_op_in_unsafe_fn,
+    unreachable_pub
+)]
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, clippy::cast_possible_truncation)]
 #[allow(clippy::cast_sign_loss, clippy::cast_possible_wrap, unnecessary_transmutes)]
 mod bindings {

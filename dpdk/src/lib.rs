@@ -1,0 +1,46 @@
+//! Safe wrappers over DPDK: the environment ([`Eal`]) and its lcores, packet buffers ([`Pool`], [`Mbuf`], [`Burst`]), ports
+//! ([`Port`], [`RxQueue`], [`TxQueue`], [`Rss`]) and rings between lcores ([`Ring`]).
+//!
+//! What a value owns, its drop returns: an [`Mbuf`] goes back to its pool, a [`Port`] stops its device, the last [`Ring`] handle drops
+//! what is still in it. The environment outlives all of them: it is torn down when the [`Eal`] and everything made with it are gone.
+//! Nothing on the packet path (receiving, sending, allocating and freeing mbufs, rings) allocates, locks, logs or calls the kernel.
+//!
+//! # What is not promised
+//! - An EAL can be started once per process; DPDK cannot start a second one, not even after the first was dropped.
+//! - A [`Pool`] dropped while its mbufs are still out stays allocated, and with it the environment, until the process ends.
+//! - A device is trusted: what its driver writes into an mbuf's lengths and flags is believed, the packet's bytes are not.
+
+mod burst;
+mod drivers;
+mod eal;
+mod eal_args;
+mod hugefiles;
+mod lcore;
+mod mbuf;
+mod pool;
+mod port;
+mod port_config;
+mod queue;
+mod ring;
+mod ring_ports;
+mod rss;
+
+pub use burst::{BURST, Burst, Drain};
+pub use drivers::{drivers, isal_available, version};
+pub use eal::{AttachError, Eal};
+pub use eal_args::{EalConfig, EalError, LogLevel};
+pub use lcore::{LaunchError, WorkerPanicked};
+pub use mbuf::{Checksum, HEADROOM_BYTES, Mbuf, Segments};
+pub use pool::{Pool, PoolConfig, PoolError};
+pub use port::{Port, PortError, PortStats};
+pub use port_config::{Capabilities, PortConfig};
+pub use queue::{RxQueue, TxQueue};
+pub use ring::{Ring, RingError, RingItem, RingMode, RingReceiver, RingSender};
+pub use rss::Rss;
+
+/// DPDK's message for a negative return value or an errno.
+pub(crate) fn error_text(code: i32) -> String {
+    // SAFETY: rte_strerror accepts any number and returns a string that lives at least until this thread's next call.
+    let text = unsafe { std::ffi::CStr::from_ptr(dpdk_sys::rte_strerror(code.saturating_abs())) };
+    text.to_string_lossy().into_owned()
+}

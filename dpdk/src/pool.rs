@@ -1,0 +1,235 @@
+//! Pools of packet buffers.
+
+use std::ffi::CString;
+use std::fmt;
+use std::mem::ManuallyDrop;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use crate::burst::Burst;
+use crate::eal::{Eal, EalInner};
+use crate::mbuf::Mbuf;
+
+/// Size and place of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// Number of mbufs. One less than a power of two uses memory best.
+    pub mbufs: u32,
+    /// Mbufs that each lcore may keep aside, at most 512 and two thirds of `mbufs`; 0 for none.
+    pub cache: u32,
+    /// Bytes of one buffer, with the [`crate::HEADROOM_BYTES`] that are left free in front of a packet.
+    pub data_room_bytes: u16,
+    /// NUMA node of the memory; `None` for any.
+    pub numa_node: Option<u32>,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { mbufs: 8191, cache: 256, data_room_bytes: 2048 + crate::HEADROOM_BYTES, numa_node: None }
+    }
+}
+
+/// Why a pool was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// DPDK's names are short and unique.
+    #[error("pool name {0:?} must be 1 to 25 bytes long without NUL")]
+    BadName(String),
+    /// The name is taken.
+    #[error("there is already a pool named {0:?}")]
+    Exists(String),
+    /// A configuration that no pool can have.
+    #[error("pool {name:?}: {what}")]
+    BadConfig {
+        /// Name of the pool.
+        name: String,
+        /// What is wrong with which number.
+        what: String,
+    },
+    /// Too little memory.
+    #[error(
+        "no memory for pool {name:?} ({mib} MiB): reserve more hugepages (`hugepages/setup.sh config`), or give the EAL more (-m), or ask \
+         for fewer mbufs"
+    )]
+    NoMemory {
+        /// Name of the pool.
+        name: String,
+        /// What its mbufs take.
+        mib: u64,
+    },
+    /// Anything else.
+    #[error("pool {name:?} was not made: {reason}")]
+    Failed {
+        /// Name of the pool.
+        name: String,
+        /// DPDK's message.
+        reason: String,
+    },
+}
+
+/// A pool of mbufs of one size; clones share it. It is freed when the last clone is dropped, provided that all mbufs are back by then.
+#[derive(Clone)]
+pub struct Pool {
+    inner: Arc<PoolInner>,
+}
+
+struct PoolInner {
+    raw: NonNull<dpdk_sys::rte_mempool>,
+    capacity: u32,
+    eal: ManuallyDrop<Arc<EalInner>>,
+}
+
+// SAFETY: a mempool may be used from any thread: its ring is multi-producer and multi-consumer, its caches belong to lcores.
+unsafe impl Send for PoolInner {}
+// SAFETY: as above.
+unsafe impl Sync for PoolInner {}
+
+/// Bytes of an mbuf's header and of the mempool's own header and trailer around it.
+const MBUF_OVERHEAD_BYTES: u64 = 128 + 64;
+
+impl Pool {
+    /// Makes a pool; its memory is allocated now.
+    ///
+    /// # Errors
+    /// See [`PoolError`].
+    pub fn new(eal: &Eal, name: &str, config: PoolConfig) -> Result<Self, PoolError> {
+        check(name, &config)?;
+        let c_name = CString::new(name).map_err(|_| PoolError::BadName(name.to_owned()))?;
+        let node =
+            config.numa_node.map_or(dpdk_sys::SOCKET_ID_ANY, |node| i32::try_from(node).unwrap_or(i32::MAX));
+        // SAFETY: the environment is up; the name is a C string that is copied.
+        let raw = unsafe {
+            dpdk_sys::rte_pktmbuf_pool_create(
+                c_name.as_ptr(),
+                config.mbufs,
+                config.cache,
+                0,
+                config.data_room_bytes,
+                node,
+            )
+        };
+        let Some(raw) = NonNull::new(raw) else {
+            // SAFETY: reads a thread-local variable.
+            return Err(explain(name, &config, unsafe { dpdk_sys::shim_errno() }));
+        };
+        let eal = ManuallyDrop::new(Arc::clone(eal.inner()));
+        Ok(Self { inner: Arc::new(PoolInner { raw, capacity: config.mbufs, eal }) })
+    }
+
+    /// Takes an empty mbuf, or `None` when all are out.
+    #[inline]
+    #[must_use]
+    pub fn alloc(&self) -> Option<Mbuf> {
+        // SAFETY: the pool lives; what it returns is a fresh mbuf that nobody else has.
+        unsafe { NonNull::new(dpdk_sys::shim_mbuf_alloc(self.raw())).map(|raw| Mbuf::from_raw(raw)) }
+    }
+
+    /// Appends `n` empty mbufs to `burst`, or none: false when fewer are left or the burst has no room for them.
+    #[inline]
+    pub fn alloc_burst(&self, burst: &mut Burst, n: usize) -> bool {
+        let (spare, room) = burst.spare();
+        let Ok(count) = u32::try_from(n) else { return false };
+        // SAFETY: `spare` has room for `n` pointers; on success all of them were written with fresh mbufs.
+        if n > room || unsafe { dpdk_sys::shim_mbuf_alloc_bulk(self.raw(), spare, count) } != 0 {
+            return false;
+        }
+        // SAFETY: just written.
+        unsafe { burst.grow(n) };
+        true
+    }
+
+    /// Mbufs in the pool. Exact only while no thread takes or returns any.
+    #[must_use]
+    pub fn available(&self) -> u32 {
+        // SAFETY: the pool lives.
+        unsafe { dpdk_sys::rte_mempool_avail_count(self.raw()) }
+    }
+
+    /// Mbufs that are out: held by code, queued in rings or posted to a device. As exact as [`Pool::available`].
+    #[must_use]
+    pub fn in_use(&self) -> u32 {
+        self.capacity().saturating_sub(self.available())
+    }
+
+    /// Mbufs in all.
+    #[must_use]
+    pub fn capacity(&self) -> u32 {
+        self.inner.capacity
+    }
+
+    /// Bytes of one buffer, with the headroom.
+    #[must_use]
+    pub fn data_room_bytes(&self) -> u16 {
+        // SAFETY: the pool lives.
+        unsafe { dpdk_sys::shim_pool_data_room(self.raw()) }
+    }
+
+    pub(crate) fn raw(&self) -> *mut dpdk_sys::rte_mempool {
+        self.inner.raw.as_ptr()
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("capacity", &self.capacity())
+            .field("in_use", &self.in_use())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for PoolInner {
+    /// Frees the pool if that is certain to be safe: all mbufs are back, and no other lcore can be in the midst of returning one
+    /// (it counts an mbuf as returned a moment before it has written it to its cache). Otherwise the pool and the environment stay.
+    fn drop(&mut self) {
+        // SAFETY: the pool lives until here.
+        let available = unsafe { dpdk_sys::rte_mempool_avail_count(self.raw.as_ptr()) };
+        if available < self.capacity || !self.eal.is_quiet() {
+            return;
+        }
+        // SAFETY: nothing of the pool is in use. The environment is released after it, once.
+        unsafe {
+            dpdk_sys::rte_mempool_free(self.raw.as_ptr());
+            ManuallyDrop::drop(&mut self.eal);
+        }
+    }
+}
+
+fn check(name: &str, config: &PoolConfig) -> Result<(), PoolError> {
+    let bad = |what: String| Err(PoolError::BadConfig { name: name.to_owned(), what });
+    // RTE_MEMPOOL_NAMESIZE less the prefix that the ring inside adds.
+    if name.is_empty() || name.len() > 25 {
+        return Err(PoolError::BadName(name.to_owned()));
+    }
+    if config.mbufs == 0 {
+        return bad("a pool of 0 mbufs is of no use".to_owned());
+    }
+    let most = dpdk_sys::RTE_MEMPOOL_CACHE_MAX_SIZE;
+    if config.cache > most || u64::from(config.cache) * 3 > u64::from(config.mbufs) * 2 {
+        return bad(format!(
+            "a cache of {} is more than {most} or than two thirds of {} mbufs",
+            config.cache, config.mbufs
+        ));
+    }
+    if config.data_room_bytes <= crate::HEADROOM_BYTES {
+        return bad(format!(
+            "a data room of {} bytes is all headroom ({})",
+            config.data_room_bytes,
+            crate::HEADROOM_BYTES
+        ));
+    }
+    Ok(())
+}
+
+fn explain(name: &str, config: &PoolConfig, errno: i32) -> PoolError {
+    use rustix::io::Errno;
+    let name = name.to_owned();
+    match Errno::from_raw_os_error(errno) {
+        Errno::EXIST => PoolError::Exists(name),
+        Errno::NOMEM | Errno::NOSPC => {
+            let bytes = u64::from(config.mbufs) * (u64::from(config.data_room_bytes) + MBUF_OVERHEAD_BYTES);
+            PoolError::NoMemory { name, mib: bytes.div_ceil(1 << 20) }
+        }
+        _ => PoolError::Failed { name, reason: crate::error_text(errno) },
+    }
+}
