@@ -247,6 +247,6 @@ pub fn emit_udp(
 /// The checksum of a datagram whose field is still zero; a sum of zero is sent as all ones (RFC 768).
 fn udp_checksum(pseudo: Sum, datagram: &[u8], udp_bytes: usize) -> Result<u16, EmitError> {
     let datagram = datagram.get(..udp_bytes).ok_or(EmitError::ShortBuffer)?;
-    let checksum = pseudo.add(datagram).checksum();
+    let checksum = pseudo.with(datagram).checksum();
     Ok(if checksum == 0 { 0xffff } else { checksum })
 }

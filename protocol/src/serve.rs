@@ -33,7 +33,7 @@ pub struct ServeConfig {
     pub epoch: u64,
     /// PULLs that may wait, each about 600 bytes of memory.
     pub max_pending_pulls: usize,
-    /// Replies and errors that may wait, each about 1,400 bytes of memory.
+    /// Lookup replies that may wait, each about 2 kB of memory, and as many errors.
     pub max_pending_replies: usize,
     /// Largest segment that fits a packet here; a PULL that wants larger ones is refused.
     pub max_segment_bytes: u16,
@@ -101,18 +101,21 @@ struct PendingPull {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Reply {
-    Lookup { request: u32, len: usize, entries: [Option<ChunkInfo>; MAX_LOOKUP_KEYS] },
-    Refusal(Refusal),
+struct PendingReply {
+    to: Peer,
+    request: u32,
+    len: usize,
+    entries: [Option<ChunkInfo>; MAX_LOOKUP_KEYS],
 }
 
 /// The store's side of the protocol, for one queue; queues share nothing.
 #[derive(Debug)]
 pub struct ServeEngine {
     config: ServeConfig,
-    /// Both rings have their capacity from the start and never grow.
+    /// These rings have their capacity from the start and never grow.
     pulls: VecDeque<PendingPull>,
-    replies: VecDeque<(Peer, Reply)>,
+    replies: VecDeque<PendingReply>,
+    refusals: VecDeque<(Peer, Refusal)>,
     counters: ServeCounters,
 }
 
@@ -134,6 +137,7 @@ impl ServeEngine {
             config,
             pulls: VecDeque::with_capacity(config.max_pending_pulls),
             replies: VecDeque::with_capacity(config.max_pending_replies),
+            refusals: VecDeque::with_capacity(config.max_pending_replies),
             counters,
         }
     }
@@ -175,7 +179,7 @@ impl ServeEngine {
             self.counters.keys += 1;
         }
         self.counters.lookups += 1;
-        self.replies.push_back((from, Reply::Lookup { request: lookup.request, len, entries }));
+        self.replies.push_back(PendingReply { to: from, request: lookup.request, len, entries });
         Ok(())
     }
 
@@ -186,12 +190,12 @@ impl ServeEngine {
         source: &impl ChunkSource,
     ) -> Result<(), DropReason> {
         if let Err(code) = self.check_pull(pull, source) {
-            if self.replies.len() >= self.config.max_pending_replies {
+            if self.refusals.len() >= self.config.max_pending_replies {
                 return Err(DropReason::QueueFull);
             }
             self.counters.refused += 1;
             let refusal = Refusal { tag: pull.range.tag, code, epoch: self.config.epoch };
-            self.replies.push_back((from, Reply::Refusal(refusal)));
+            self.refusals.push_back((from, refusal));
             return Ok(());
         }
         if self.pulls.len() >= self.config.max_pending_pulls {
@@ -214,10 +218,7 @@ impl ServeEngine {
         }
         let held = source.bytes(range.handle).ok_or(ErrorCode::UnknownHandle)?.len() as u64;
         let size = range.segment_bytes;
-        if size == 0
-            || !size.is_multiple_of(SEGMENT_ALIGN)
-            || size > self.config.max_segment_bytes
-            || range.bytes == 0
+        if size == 0 || size % SEGMENT_ALIGN != 0 || size > self.config.max_segment_bytes || range.bytes == 0
         {
             return Err(ErrorCode::BadRequest);
         }
@@ -241,16 +242,16 @@ impl ServeEngine {
     /// Writes the next message, or the header of the next DATA message, to `out`, which must hold
     /// [`message::MAX_CONTROL_BYTES`]; with less room than the message needs, it is given up, as if lost.
     pub fn poll_transmit(&mut self, out: &mut [u8]) -> Option<ServeTransmit> {
-        while let Some((to, reply)) = self.replies.pop_front() {
-            let written = match &reply {
-                Reply::Lookup { request, len, entries } => {
-                    let entries = entries[..*len].iter().copied();
-                    message::emit_lookup_reply(out, *request, self.config.epoch, entries)
-                }
-                Reply::Refusal(refusal) => message::emit_error(out, refusal),
-            };
-            if let Some(header_bytes) = written {
+        while let Some((to, refusal)) = self.refusals.pop_front() {
+            if let Some(header_bytes) = message::emit_error(out, &refusal) {
                 return Some(ServeTransmit { to, header_bytes, payload: None });
+            }
+        }
+        while let Some(reply) = self.replies.pop_front() {
+            let entries = reply.entries[..reply.len].iter().copied();
+            let written = message::emit_lookup_reply(out, reply.request, self.config.epoch, entries);
+            if let Some(header_bytes) = written {
+                return Some(ServeTransmit { to: reply.to, header_bytes, payload: None });
             }
         }
         self.next_segment(out)
@@ -282,7 +283,7 @@ impl ServeEngine {
 
     /// Whether nothing waits to be sent.
     pub fn idle(&self) -> bool {
-        self.pulls.is_empty() && self.replies.is_empty()
+        self.pulls.is_empty() && self.replies.is_empty() && self.refusals.is_empty()
     }
 
     /// PULLs that wait or are being served.

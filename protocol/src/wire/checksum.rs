@@ -12,7 +12,7 @@ impl Sum {
     /// Adds `bytes`, which must start at an even offset of what is summed; an odd tail is padded with zero.
     #[inline]
     #[must_use]
-    pub fn add(self, bytes: &[u8]) -> Sum {
+    pub fn with(self, bytes: &[u8]) -> Sum {
         let mut lanes = [0_u64; BLOCK / 4];
         let mut blocks = bytes.chunks_exact(BLOCK);
         for block in &mut blocks {
@@ -34,7 +34,7 @@ impl Sum {
     /// Adds one 16-bit number given in host order.
     #[inline]
     #[must_use]
-    pub fn add_u16(self, value: u16) -> Sum {
+    pub fn with_u16(self, value: u16) -> Sum {
         Sum(self.0 + u64::from(value.to_be()))
     }
 
@@ -62,7 +62,7 @@ impl Sum {
 /// Sum of the IPv4 or IPv6 pseudo header (RFC 768, RFC 8200 section 8.1): addresses, protocol, UDP length.
 #[inline]
 pub fn pseudo_header(source: &[u8], destination: &[u8], protocol: u8, udp_bytes: u16) -> Sum {
-    Sum::default().add(source).add(destination).add_u16(u16::from(protocol)).add_u16(udp_bytes)
+    Sum::default().with(source).with(destination).with_u16(u16::from(protocol)).with_u16(udp_bytes)
 }
 
 #[cfg(test)]
@@ -83,14 +83,14 @@ mod tests {
     #[test]
     fn example_of_rfc_1071() {
         let bytes = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
-        assert_eq!(Sum::default().add(&bytes).folded(), 0xddf2);
+        assert_eq!(Sum::default().with(&bytes).folded(), 0xddf2);
     }
 
     proptest! {
         #[test]
         fn equals_the_slow_twin(bytes in proptest::collection::vec(any::<u8>(), 0..3000), cut in 0_usize..1500) {
             let cut = (cut * 2).min(bytes.len() / 2 * 2);
-            let sum = Sum::default().add(&bytes[..cut]).add(&bytes[cut..]);
+            let sum = Sum::default().with(&bytes[..cut]).with(&bytes[cut..]);
             prop_assert_eq!(sum.checksum(), slow(&bytes));
         }
     }

@@ -35,7 +35,7 @@ impl Ipv4 {
         if header[0] & 0x0f != 5 {
             return Err(DropReason::IpOptions);
         }
-        if !checksum_verified && Sum::default().add(&header).checksum() != 0 {
+        if !checksum_verified && Sum::default().with(&header).checksum() != 0 {
             return Err(DropReason::BadIpChecksum);
         }
         let total_bytes = usize::from(be16(&header, 2));
@@ -76,7 +76,7 @@ pub fn emit(
     out[12..16].copy_from_slice(&source.octets());
     out[16..20].copy_from_slice(&destination.octets());
     if checksum {
-        let sum = Sum::default().add(out).checksum();
+        let sum = Sum::default().with(out).checksum();
         out[10..12].copy_from_slice(&sum.to_be_bytes());
     }
 }

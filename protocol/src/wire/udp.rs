@@ -49,7 +49,7 @@ impl Udp {
         let right = match check {
             Check::Verified { zero_allowed } | Check::Required { zero_allowed, .. } if absent => zero_allowed,
             Check::Verified { .. } => true,
-            Check::Required { pseudo, .. } => pseudo.add(datagram).checksum() == 0,
+            Check::Required { pseudo, .. } => pseudo.with(datagram).checksum() == 0,
         };
         if !right {
             return Err(DropReason::BadUdpChecksum);
