@@ -185,8 +185,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if !over || job.chunks > 0 {
             return;
         }
-        if job.state == JobState::Running && job.failed > 0 {
-            job.outcome = FetchOutcome::Failed;
+        if job.outcome != FetchOutcome::Cancelled {
+            job.outcome = if job.failed > 0 { FetchOutcome::Failed } else { FetchOutcome::Done };
         }
         job.state = JobState::Ended;
         assert!(job.to_ask.is_empty() && job.to_start.is_empty() && job.to_look_up.is_empty());

@@ -1,0 +1,425 @@
+//! Both engines over a simulated network.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    reason = "numbers of the tests are small"
+)]
+
+mod network;
+
+use std::time::Duration;
+
+use network::chunks::Chunk;
+use network::random::Random;
+use network::{Faults, World};
+use proptest::prelude::*;
+use protocol::{
+    ChunkFailure, ChunkShape, FetchConfig, FetchOutcome, Instant, Key, LookupId, LookupOutcome, ServeConfig,
+    StoreIndex,
+};
+
+const SECOND: u64 = 1_000_000_000;
+
+fn config() -> FetchConfig {
+    FetchConfig {
+        max_fetches: 8,
+        max_lookups: 4,
+        max_chunks_per_fetch: 128,
+        active_chunks: 8,
+        active_planes: 8,
+        max_planes_per_chunk: 16,
+        max_plane_bytes: 4096,
+        max_header_bytes: 1024,
+        segment_bytes: 256,
+        window_segments: 64,
+        memory_segments: 96,
+        rto_min: Duration::from_micros(300),
+        rto_max: Duration::from_millis(20),
+        ..FetchConfig::default()
+    }
+}
+
+fn serve() -> ServeConfig {
+    ServeConfig { max_pending_pulls: 64, max_pending_replies: 16, ..ServeConfig::default() }
+}
+
+const SHAPE: ChunkShape = ChunkShape { layers: 4, kv_heads: 2, head_dim: 8, dtype: 1 };
+
+fn key(number: u64) -> Key {
+    let mut key = Key([0xab; 32]);
+    key.0[..8].copy_from_slice(&number.to_le_bytes());
+    key
+}
+
+/// Fills a store with chunks `first..first + count` and returns their keys.
+fn fill(world: &mut World, store: usize, first: u64, count: u64, shape: &ChunkShape) -> Vec<Key> {
+    let keys: Vec<Key> = (first..first + count).map(key).collect();
+    let max = world.engine(0).config().max_plane_bytes;
+    for key in &keys {
+        let chunk = Chunk::new(key, shape, max, &mut world.random);
+        world.stores[store].library.insert(*key, chunk);
+    }
+    keys
+}
+
+fn outcome(world: &World, queue: usize, id: u64) -> FetchOutcome {
+    world.records[&(queue, id)].ended.expect("ended").1
+}
+
+#[test]
+fn a_fetch_over_a_good_network_is_done_and_asks_nothing_twice() {
+    let mut world = World::new(1, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 100, &SHAPE);
+    world.start(1, 0, &keys, &SHAPE, 10 * SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done);
+    assert_eq!(world.records[&(0, 1)].delivered.len(), 800);
+    let counters = world.engine(0).counters();
+    assert_eq!(counters.segments_asked_again, 0);
+    assert_eq!(counters.timeouts, 0);
+    assert_eq!(counters.dropped(), 0);
+    assert_eq!(counters.planes_arrived, 800);
+    assert_eq!(world.stores[0].engine.counters().segments, counters.segments_asked);
+    // A PULL carries a turn, not a segment.
+    assert!(counters.pulls_sent * 3 < counters.segments_asked, "{counters:?}");
+}
+
+#[test]
+fn several_queues_share_a_fetch() {
+    for queues in [2, 3, 7, 40] {
+        let mut world = World::new(2, &FetchConfig { queues, ..config() }, serve());
+        let keys = fill(&mut world, 0, 0, 9, &SHAPE);
+        world.start(1, 0, &keys, &SHAPE, 10 * SECOND);
+        world.run();
+        world.assert_quiet();
+        let total: usize = world.records.values().map(|record| record.delivered.len()).sum();
+        assert_eq!(total, 72, "all planes over {queues} queues");
+        assert!(world.records.values().all(|record| record.ended.unwrap().1 == FetchOutcome::Done));
+    }
+}
+
+#[test]
+fn a_partly_stored_prefix_arrives_and_the_rest_is_named() {
+    let mut world = World::new(3, &config(), serve());
+    let mut keys = fill(&mut world, 0, 0, 20, &SHAPE);
+    keys.extend((500..510).map(key));
+    let now = world.now();
+    let deadline = Instant::from_nanos(SECOND);
+    world.engine_mut(0).lookup(now, LookupId(5), deadline, StoreIndex(0), &keys).unwrap();
+    world.start(1, 0, &keys, &SHAPE, 10 * SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.lookups[&5], (LookupOutcome::Done, 20, 20 * 256));
+    assert_eq!(outcome(&world, 0, 1), FetchOutcome::Failed);
+    let record = &world.records[&(0, 1)];
+    assert_eq!(record.delivered.len(), 160);
+    assert_eq!(record.failed.len(), 10);
+    assert!(record.failed.iter().all(|(chunk, why)| *chunk >= 20 && *why == ChunkFailure::NotStored));
+}
+
+#[test]
+fn long_lookups_take_several_messages() {
+    let mut world = World::new(4, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 128, &SHAPE);
+    for (id, count) in [(1, 40), (2, 41), (3, 128), (4, 1)] {
+        let now = world.now();
+        let at = now + Duration::from_secs(1);
+        world.engine_mut(0).lookup(now, LookupId(id), at, StoreIndex(0), &keys[..count]).unwrap();
+        world.drain();
+        world.run();
+        assert_eq!(world.lookups[&id], (LookupOutcome::Done, count as u32, count as u64 * 256));
+    }
+    world.assert_quiet();
+}
+
+#[test]
+fn a_silent_store_fails_the_fetch_at_its_deadline_naming_what_is_missing() {
+    let mut world = World::new(5, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 30, &SHAPE);
+    world.start(1, 0, &keys, &SHAPE, SECOND);
+    world.run_until(700_000);
+    world.stores[0].alive = false;
+    let now = world.now();
+    let deadline = now + Duration::from_millis(50);
+    world.engine_mut(0).lookup(now, LookupId(1), deadline, StoreIndex(0), &keys).unwrap();
+    world.run();
+    world.assert_quiet();
+    let record = &world.records[&(0, 1)];
+    let (at, outcome) = record.ended.unwrap();
+    assert_eq!(outcome, FetchOutcome::Failed);
+    assert_eq!(at, SECOND);
+    assert!(!record.delivered.is_empty() && !record.failed.is_empty());
+    assert!(record.failed.values().all(|why| *why == ChunkFailure::Deadline));
+    assert_eq!(world.lookups[&1].0, LookupOutcome::Deadline);
+    // Silence costs little: asked again at most once per RTO, which doubles.
+    assert!(world.engine(0).counters().pulls_sent < 2000, "{:?}", world.engine(0).counters());
+    // And the next fetch after the store is back is served.
+    world.stores[0].alive = true;
+    world.restart(0);
+    world.start(2, 0, &keys, &SHAPE, 5 * SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.records[&(0, 2)].ended.unwrap().1, FetchOutcome::Done);
+}
+
+#[test]
+fn a_silent_store_does_not_stop_the_others() {
+    let config = FetchConfig { stores: 3, ..config() };
+    let mut world = World::new(6, &config, serve());
+    let dead = fill(&mut world, 0, 0, 50, &SHAPE);
+    let alive = fill(&mut world, 1, 100, 50, &SHAPE);
+    world.stores[0].alive = false;
+    world.start(1, 0, &dead, &SHAPE, 5 * SECOND);
+    world.start(2, 0, &dead, &SHAPE, 5 * SECOND);
+    world.run_until(SECOND);
+    world.stores[0].alive = true;
+    world.run_until(SECOND + 30_000_000);
+    world.stores[0].alive = false;
+    world.start(3, 1, &alive, &SHAPE, 3 * SECOND);
+    world.run();
+    world.assert_quiet();
+    let (at, outcome) = world.records[&(0, 3)].ended.unwrap();
+    assert_eq!(outcome, FetchOutcome::Done);
+    assert!(at < 2 * SECOND, "{at}");
+}
+
+#[test]
+fn a_short_fetch_is_not_stuck_behind_a_long_one() {
+    let mut world = World::new(7, &config(), serve());
+    let long = fill(&mut world, 0, 0, 128, &SHAPE);
+    let short = fill(&mut world, 0, 1000, 2, &SHAPE);
+    world.start(1, 0, &long, &SHAPE, 10 * SECOND);
+    world.run_until(1_000_000);
+    world.start(2, 0, &short, &SHAPE, 10 * SECOND);
+    world.run();
+    world.assert_quiet();
+    let took = |id| world.records[&(0, id)].ended.unwrap().0;
+    assert!((took(2) - 1_000_000) * 5 < took(1), "short {} of long {}", took(2) - 1_000_000, took(1));
+}
+
+#[test]
+fn a_restarted_store_is_asked_again() {
+    let mut world = World::new(8, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 60, &SHAPE);
+    world.start(1, 0, &keys, &SHAPE, 10 * SECOND);
+    for at in [400_000, 900_000, 2_000_000] {
+        world.run_until(at);
+        world.restart(0);
+    }
+    world.run();
+    world.assert_quiet();
+    assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done);
+    assert!(world.engine(0).counters().lookups_again > 0);
+}
+
+#[test]
+fn a_store_that_keeps_forgetting_fails_the_chunk() {
+    let mut world = World::new(9, &FetchConfig { lookup_retries: 2, ..config() }, serve());
+    let keys = fill(&mut world, 0, 0, 1, &SHAPE);
+    world.start(1, 0, &keys, &SHAPE, 10 * SECOND);
+    // Restarts between each answer to a LOOKUP and the PULL that follows: every 40 us one way.
+    for turn in 0..40 {
+        world.run_until(turn * 20_000 + 10_000);
+        world.restart(0);
+    }
+    world.run();
+    world.assert_quiet();
+    let why = world.records[&(0, 1)].failed[&0];
+    assert!(matches!(why, ChunkFailure::Refused(_)), "{why:?}");
+}
+
+#[test]
+fn corrupt_planes_are_pulled_again_then_reported() {
+    let mut world = World::new(10, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 10, &SHAPE);
+    world.false_corrupt = 0.1;
+    world.start(1, 0, &keys, &SHAPE, 10 * SECOND);
+    world.run();
+    assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done);
+    world.false_corrupt = 1.0;
+    let before = world.engine(0).counters().planes_corrupt;
+    world.start(2, 0, &keys[..1], &SHAPE, 20 * SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.records[&(0, 2)].failed[&0], ChunkFailure::Corrupt);
+    // The first plane to be corrupt a fourth time fails the chunk; the seven others were at most as bad.
+    let corrupt = world.engine(0).counters().planes_corrupt - before;
+    assert!((4..=32).contains(&corrupt), "{corrupt}");
+}
+
+#[test]
+fn a_rejected_plane_fails_its_chunk() {
+    let mut world = World::new(11, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 3, &SHAPE);
+    world.rejected = 1.0;
+    world.start(1, 0, &keys, &SHAPE, SECOND);
+    world.run();
+    world.assert_quiet();
+    assert!(world.records[&(0, 1)].failed.values().all(|why| *why == ChunkFailure::Rejected(7)));
+    assert_eq!(world.records[&(0, 1)].failed.len(), 3);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_it_is_pulled() {
+    let mut world = World::new(12, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 3, &SHAPE);
+    let other = ChunkShape { head_dim: 9, ..SHAPE };
+    world.start(1, 0, &keys, &other, SECOND);
+    let big = key(77);
+    let chunk = Chunk::new(&big, &SHAPE, 200_000, &mut world.random);
+    world.stores[0].library.insert(big, chunk);
+    world.start(2, 0, &[big], &SHAPE, SECOND);
+    world.run();
+    world.assert_quiet();
+    assert!(world.records[&(0, 1)].failed.values().all(|why| *why == ChunkFailure::ShapeMismatch));
+    assert_eq!(world.records[&(0, 2)].failed[&0], ChunkFailure::TooLarge);
+    assert_eq!(world.engine(0).counters().segments_placed, 0);
+}
+
+#[test]
+fn a_cancelled_fetch_ends_at_once_but_for_verdicts() {
+    for at in (0..60).map(|step| step * 37_000) {
+        let mut world = World::new(at, &config(), serve());
+        let keys = fill(&mut world, 0, 0, 12, &SHAPE);
+        world.start(1, 0, &keys, &SHAPE, 10 * SECOND);
+        world.run_until(at);
+        world.cancel(1);
+        world.run();
+        world.assert_quiet();
+        let (ended, outcome) = world.records[&(0, 1)].ended.unwrap();
+        if outcome == FetchOutcome::Cancelled {
+            assert!(ended <= at + world.decode_nanos, "{ended} after {at}");
+        }
+    }
+}
+
+#[test]
+fn a_lossy_network_delivers_everything() {
+    for (seed, loss) in [(1, 0.001), (2, 0.01), (3, 0.1), (4, 0.3)] {
+        let mut world = World::new(seed, &config(), serve());
+        world.faults = Faults { loss, duplication: loss, jitter_nanos: 30_000, corruption: 0.0 };
+        let keys = fill(&mut world, 0, 0, 20, &SHAPE);
+        world.start(1, 0, &keys, &SHAPE, 100 * SECOND);
+        world.run();
+        world.assert_quiet();
+        assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done, "loss {loss}");
+    }
+}
+
+#[test]
+fn slots_are_limited_and_named() {
+    use protocol::{FetchId, StartError};
+    let mut world = World::new(13, &config(), serve());
+    let keys: Vec<Key> = (0..129).map(key).collect();
+    let (now, later) = (world.now(), Instant::from_nanos(SECOND));
+    let engine = world.engine_mut(0);
+    let mut start = |id, store, keys: &[Key], shape: &ChunkShape, deadline| {
+        engine.start(now, FetchId(id), deadline, StoreIndex(store), keys, shape)
+    };
+    assert_eq!(start(1, 0, &[], &SHAPE, later), Err(StartError::NoKeys));
+    assert_eq!(start(1, 0, &keys, &SHAPE, later), Err(StartError::TooManyKeys { keys: 129, limit: 128 }));
+    assert_eq!(start(1, 1, &keys[..1], &SHAPE, later), Err(StartError::UnknownStore(1)));
+    assert_eq!(start(1, 0, &keys[..1], &SHAPE, now), Err(StartError::DeadlinePassed));
+    let deep = ChunkShape { layers: 9, ..SHAPE };
+    assert_eq!(start(1, 0, &keys[..1], &deep, later), Err(StartError::BadShape { planes: 18, limit: 16 }));
+    for id in 0..8 {
+        assert_eq!(start(id, 0, &keys[..1], &SHAPE, later), Ok(()));
+    }
+    assert_eq!(start(3, 0, &keys[..1], &SHAPE, later), Err(StartError::DuplicateId));
+    assert_eq!(start(9, 0, &keys[..1], &SHAPE, later), Err(StartError::Full(8)));
+}
+
+/// Budgets, shapes, faults and events of one run, all from one seed.
+fn random_run(seed: u64) {
+    let mut random = Random::new(seed ^ 0x5eed);
+    let segment_bytes = random.between(1, 12) as u16 * 32;
+    let max_plane_bytes = random.between(1, 3000) as u32;
+    let plane_segments = max_plane_bytes.div_ceil(u32::from(segment_bytes));
+    let config = FetchConfig {
+        queues: random.between(1, 3) as u16,
+        max_fetches: 6,
+        max_lookups: 3,
+        max_chunks_per_fetch: 50,
+        active_chunks: random.between(1, 12) as u16,
+        active_planes: random.between(1, 12) as u16,
+        max_planes_per_chunk: 10,
+        max_plane_bytes,
+        max_header_bytes: 400,
+        segment_bytes,
+        window_segments: random.between(1, 100) as u32,
+        memory_segments: plane_segments + random.below(100) as u32,
+        rto_min: Duration::from_micros(random.between(50, 500)),
+        rto_max: Duration::from_millis(random.between(1, 20)),
+        stores: random.between(1, 3) as u16,
+        seed: seed as u32,
+        ..config()
+    };
+    let serve = ServeConfig {
+        max_pending_pulls: random.between(1, 20) as usize,
+        max_pending_replies: random.between(1, 4) as usize,
+        ..serve()
+    };
+    let mut world = World::new(seed, &config, serve);
+    world.latency_nanos = random.between(1_000, 100_000);
+    world.decode_nanos = random.between(0, 300_000);
+    let mut fault =
+        |most: f64| if random.chance(0.5) { 0.0 } else { random.below(1000) as f64 / 1000.0 * most };
+    world.faults = Faults {
+        loss: fault(0.3),
+        duplication: fault(0.3),
+        corruption: fault(0.05),
+        jitter_nanos: fault(300_000.0).round().abs() as u64,
+    };
+    world.false_corrupt = fault(0.1);
+    world.rejected = fault(0.02);
+    let shape = ChunkShape { layers: random.between(1, 5) as u16, ..SHAPE };
+    let keys: Vec<Vec<Key>> = (0..config.stores)
+        .map(|store| fill(&mut world, usize::from(store), u64::from(store) * 1000, 20, &shape))
+        .collect();
+    let mut now = 0;
+    for id in 0..random.between(1, 6) {
+        let store = random.below(u64::from(config.stores)) as usize;
+        let first = random.below(20) as usize;
+        let mut asked = keys[store][first..first + random.between(1, 20 - first as u64) as usize].to_vec();
+        if random.chance(0.2) {
+            asked.push(key(999_999));
+        }
+        let deadline = now + random.between(100_000, 60_000_000);
+        world.start(id, store, &asked, &shape, deadline);
+        let at = world.now();
+        world
+            .engine_mut(0)
+            .lookup(at, LookupId(id), Instant::from_nanos(deadline), StoreIndex(store as u16), &asked)
+            .ok();
+        now += random.below(2_000_000);
+        world.run_until(now);
+        match random.below(8) {
+            0 => world.restart(store),
+            1 => world.stores[store].alive = false,
+            2 => world.stores[store].alive = true,
+            3 => world.cancel(random.below(id + 1)),
+            4 => world.stores[store].library.remove(&keys[store][random.below(20) as usize]),
+            _ => {}
+        }
+        world.drain();
+    }
+    world.run();
+    world.assert_quiet();
+}
+
+#[test]
+fn invariants_hold_over_thousands_of_seeds() {
+    for seed in 0..2500 {
+        let result = std::panic::catch_unwind(|| random_run(seed));
+        assert!(result.is_ok(), "seed {seed} failed");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #[test]
+    fn invariants_hold_for_any_seed(seed in any::<u64>()) {
+        random_run(seed);
+    }
+}
