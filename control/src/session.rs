@@ -241,6 +241,12 @@ impl Endpoint {
         self.bell.fd()
     }
 
+    /// The session's memory, for tests that write to it what no correct peer writes.
+    #[must_use]
+    pub fn memory(&self) -> &Arena {
+        &self.arena
+    }
+
     /// Writes this side's heartbeat word; at least every [`crate::BEAT_INTERVAL_MS`].
     pub fn beat(&self, now_ns: u64) {
         self.store(self.own_words_at + BEAT, now_ns);
