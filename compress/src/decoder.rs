@@ -7,8 +7,8 @@ use crate::dequantize::{self, Isa, Job};
 use crate::format::PlaneEntry;
 use crate::frame::{self, FrameError};
 use crate::payload::{Layout, LayoutError, SECTION_LENGTH_BYTES, max_encoded_bytes};
-use crate::quantize::largest_scale;
-use crate::{Codec, Dtype, Shape, checksum, lossless};
+use crate::quantize::largest_code;
+use crate::{Codec, Dtype, Shape, checksum, dtype, lossless};
 
 /// Why a plane can't be decoded. Nothing was written to the destination, and the decoder can take the next plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -72,13 +72,17 @@ pub enum DecodeError {
         /// Element type asked for.
         out_dtype: Dtype,
     },
-    /// A scale is infinite, not a number, or so large that codes times the scale leave the range of bfloat16.
-    #[error("scale {index} has bits {bits:04x}: infinite, not a number, or too large")]
+    /// A group's codes would stand for elements that are infinite, not numbers, or beyond the largest bfloat16.
+    #[error(
+        "group {group} has scale {scale_bits:04x} and offset {offset_bits:04x}: its elements are not finite"
+    )]
     Scale {
-        /// Index of the scale.
-        index: usize,
-        /// Its bits, in the entry's scale type.
-        bits: u16,
+        /// Index of the group.
+        group: usize,
+        /// Bits of its scale, in the entry's scale type.
+        scale_bits: u16,
+        /// Bits of its offset, in the entry's scale type.
+        offset_bits: u16,
     },
     /// The first section's length goes beyond the plane.
     #[error("a lossless plane's first section has {section_bytes} bytes, {payload_bytes} follow")]
@@ -118,6 +122,8 @@ struct Inner {
     codes: Vec<u8>,
     /// Scales widened to `f32`.
     scales: Vec<f32>,
+    /// Offsets widened to `f32`.
+    offsets: Vec<f32>,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -135,18 +141,19 @@ impl Decoder {
     pub fn new(max_plane_bytes: usize) -> Self {
         // Filled with something other than zero, so that no page is first touched while a plane is waiting.
         let linear = vec![0xff; max_encoded_bytes(max_plane_bytes)];
-        // Scales and codes take at most the plane's bytes: `int4` leaves three quarters of them to 16-bit scales.
-        let scales = vec![1.0; max_plane_bytes / 8 * 3];
-        let inner =
-            Inner { zstd: DCtx::create(), isa: Isa::detect(), codes: vec![0xff; max_plane_bytes], scales };
+        // Scales, offsets and codes take at most the plane's bytes; `int4` leaves three quarters of them to the others.
+        let [scales, offsets] = [(); 2].map(|()| vec![1.0; max_plane_bytes / 16 * 3 + 3]);
+        let codes = vec![0xff; max_plane_bytes];
+        let inner = Inner { zstd: DCtx::create(), isa: Isa::detect(), codes, scales, offsets };
         Self { max_plane_bytes, linear, linearized: None, inner }
     }
 
     /// Bytes of memory the decoder holds: scratch and zstd context.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
-        let Inner { zstd, codes, scales, .. } = &self.inner;
-        self.linear.len() + codes.len() + size_of_val(scales.as_slice()) + zstd.sizeof()
+        let Inner { zstd, codes, scales, offsets, .. } = &self.inner;
+        let groups = size_of_val(scales.as_slice()) + size_of_val(offsets.as_slice());
+        self.linear.len() + codes.len() + groups + zstd.sizeof()
     }
 
     /// Copies the pieces of an encoded plane into one and checks length and CRC32C; [`Decoder::decode_linearized`]
@@ -296,18 +303,19 @@ impl Inner {
         out_dtype: Dtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
-        let Self { zstd, isa, codes, scales } = self;
+        let Self { zstd, isa, codes, scales, offsets } = self;
         match (entry.codec, entry.scale_dtype) {
             (Codec::Int8 | Codec::Int4, Some(scale_dtype)) => {
-                let (scale_bytes, section) = encoded.split_at(layout.scale_bytes);
-                let scales = &mut scales[..layout.scales];
-                widen_scales(scale_bytes, scale_dtype, entry.codec, scales)?;
+                let (scale_bytes, rest) = encoded.split_at(layout.scale_bytes);
+                let (offset_bytes, section) = rest.split_at(layout.scale_bytes);
+                let groups = Groups { scale_bytes, offset_bytes, dtype: scale_dtype };
+                let (scales, offsets) = groups.widen(largest_code(entry.codec), scales, offsets)?;
                 let codes = frame::read_section(zstd, section, layout.code_bytes, codes)?;
                 let head_dim = usize::from(shape.head_dim);
                 let (codec, quantizer) = (entry.codec, entry.quantizer);
                 dequantize::dequantize(
                     *isa,
-                    &Job { codes, scales, head_dim, codec, quantizer, out_dtype },
+                    &Job { codes, scales, offsets, head_dim, codec, quantizer, out_dtype },
                     out,
                 );
             }
@@ -333,22 +341,52 @@ pub(crate) fn lossless_sections(encoded: &[u8]) -> Result<(&[u8], &[u8]), Decode
         .ok_or(DecodeError::SectionLength { section_bytes, payload_bytes: payload.len() })
 }
 
-/// Widens little-endian scales to `f32`, refusing those that would give anything but finite elements.
-fn widen_scales(bytes: &[u8], dtype: Dtype, codec: Codec, scales: &mut [f32]) -> Result<(), DecodeError> {
-    let limit = largest_scale(codec);
-    let bits = || bytes.chunks_exact(2).map(|scale| u16::from_le_bytes([scale[0], scale[1]]));
-    let mut in_range = true;
-    for (scale, bits) in scales.iter_mut().zip(bits()) {
-        *scale = dtype.widen(bits);
-        // False for a NaN too.
-        in_range &= scale.abs() <= limit;
+/// Scales and offsets as they lie in a payload.
+struct Groups<'a> {
+    scale_bytes: &'a [u8],
+    offset_bytes: &'a [u8],
+    dtype: Dtype,
+}
+
+impl Groups<'_> {
+    /// Widens scales and offsets to `f32` into the front of scratch, refusing those that would give any element that
+    /// is not a finite bfloat16.
+    fn widen<'s>(
+        &self,
+        largest_code: u8,
+        scales: &'s mut [f32],
+        offsets: &'s mut [f32],
+    ) -> Result<(&'s [f32], &'s [f32]), DecodeError> {
+        let groups = self.scale_bytes.len() / Dtype::BYTES;
+        let (scales, offsets) = (&mut scales[..groups], &mut offsets[..groups]);
+        match self.dtype {
+            Dtype::Bf16 => widen(self.scale_bytes, scales, dtype::bf16_to_f32),
+            Dtype::F16 => widen(self.scale_bytes, scales, dtype::f16_to_f32),
+        }
+        match self.dtype {
+            Dtype::Bf16 => widen(self.offset_bytes, offsets, dtype::bf16_to_f32),
+            Dtype::F16 => widen(self.offset_bytes, offsets, dtype::f16_to_f32),
+        }
+        // Elements lie between that of code 0 and that of the largest code: rounding keeps their order.
+        let largest_code = f32::from(largest_code);
+        let in_range = |scale: f32, offset: f32| {
+            let (first, last) = (offset.abs(), (largest_code * scale + offset).abs());
+            // False for a NaN too.
+            first <= dtype::BF16_MAX && last <= dtype::BF16_MAX
+        };
+        let pairs = || scales.iter().zip(offsets.iter());
+        if pairs().fold(true, |all, (&scale, &offset)| all & in_range(scale, offset)) {
+            return Ok((scales, offsets));
+        }
+        let group = pairs().position(|(&scale, &offset)| !in_range(scale, offset)).unwrap_or(0);
+        let bits = |bytes: &[u8]| u16::from_le_bytes([bytes[2 * group], bytes[2 * group + 1]]);
+        let (scale_bits, offset_bits) = (bits(self.scale_bytes), bits(self.offset_bytes));
+        Err(DecodeError::Scale { group, scale_bits, offset_bits })
     }
-    if in_range {
-        return Ok(());
+}
+
+fn widen(bytes: &[u8], values: &mut [f32], widen: impl Fn(u16) -> f32) {
+    for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(Dtype::BYTES)) {
+        *value = widen(u16::from_le_bytes([bytes[0], bytes[1]]));
     }
-    let (index, bits) = bits()
-        .enumerate()
-        .find(|&(index, _)| scales[index].is_nan() || scales[index].abs() > limit)
-        .unwrap_or_default();
-    Err(DecodeError::Scale { index, bits })
 }

@@ -1,8 +1,8 @@
-//! From integer codes and scales to 16-bit floats: the loop that a plane spends its time in besides zstd.
+//! From integer codes, scales and offsets to 16-bit floats: where a plane's time goes besides zstd.
 //!
 //! Plain loops over slices that the compiler turns into SIMD code. On x86-64 the same bodies are compiled a second
-//! time for AVX2 and chosen once per process. Only products and conversions: no fused multiply-add, so every machine
-//! gives the same bits.
+//! time for AVX2, and the choice is made once per decoder. A product, then a sum, never fused: every machine gives the
+//! same bits.
 
 use crate::dtype::{self, Dtype};
 use crate::{Codec, Quantizer};
@@ -28,26 +28,28 @@ impl Isa {
     }
 }
 
-/// Dequantized plane to be: codes and scales as they lie, and what to make of them.
+/// A plane to dequantize: codes, scales and offsets as they lie, and what to make of them.
 pub(crate) struct Job<'a> {
     /// `int8`: one byte per element; `int4`: two elements per byte as `docs/FORMAT.md` pairs them.
     pub(crate) codes: &'a [u8],
     /// One per channel, or one per head row.
     pub(crate) scales: &'a [f32],
+    /// As many as there are scales.
+    pub(crate) offsets: &'a [f32],
     pub(crate) head_dim: usize,
     pub(crate) codec: Codec,
     pub(crate) quantizer: Quantizer,
     pub(crate) out_dtype: Dtype,
 }
 
-/// Writes the plane to `out`, little-endian. The sizes of codes, scales and `out` agree.
+/// Writes the plane to `out`, little-endian. The sizes of codes, scales, offsets and `out` agree.
 pub(crate) fn dequantize(isa: Isa, job: &Job<'_>, out: &mut [u8]) {
     match isa {
-        Isa::Baseline => dispatch(job, out),
+        Isa::Baseline => plane(job, out),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => {
             // SAFETY: `Isa::detect` gives `Avx2` only where the CPU has it.
-            unsafe { dispatch_avx2(job, out) }
+            unsafe { plane_avx2(job, out) }
         }
     }
 }
@@ -56,13 +58,15 @@ pub(crate) fn dequantize(isa: Isa, job: &Job<'_>, out: &mut [u8]) {
 /// The CPU has AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn dispatch_avx2(job: &Job<'_>, out: &mut [u8]) {
-    dispatch(job, out);
+unsafe fn plane_avx2(job: &Job<'_>, out: &mut [u8]) {
+    plane(job, out);
 }
 
+/// Chooses the loop once for the whole plane.
 #[inline(always)]
-fn dispatch(job: &Job<'_>, out: &mut [u8]) {
+fn plane(job: &Job<'_>, out: &mut [u8]) {
     match job.out_dtype {
+        // The decoder has checked that no element leaves the range of bfloat16.
         Dtype::Bf16 => rows(job, out, dtype::f32_to_bf16_in_range),
         Dtype::F16 => rows(job, out, dtype::f32_to_f16),
     }
@@ -70,66 +74,74 @@ fn dispatch(job: &Job<'_>, out: &mut [u8]) {
 
 #[inline(always)]
 fn rows(job: &Job<'_>, out: &mut [u8], narrow: impl Fn(f32) -> u16 + Copy) {
-    let head_dim = job.head_dim;
-    let out_rows = out.chunks_exact_mut(head_dim * 2);
+    // A loop of known length needs no prologue and no remainder: worth a copy for the head sizes that models have.
+    match job.head_dim {
+        64 => rows_of::<64>(job, out, narrow),
+        128 => rows_of::<128>(job, out, narrow),
+        _ => rows_of::<0>(job, out, narrow),
+    }
+}
+
+/// `DIM` is the head dimension, or 0 to read it from the job.
+#[inline(always)]
+fn rows_of<const DIM: usize>(job: &Job<'_>, out: &mut [u8], narrow: impl Fn(f32) -> u16 + Copy) {
+    let dim = if DIM == 0 { job.head_dim } else { DIM };
+    let out_rows = out.chunks_exact_mut(dim * Dtype::BYTES);
+    let channels = || job.scales.chunks_exact(dim).zip(job.offsets.chunks_exact(dim)).cycle();
+    let rows = || job.scales.iter().zip(job.offsets);
     match (job.codec, job.quantizer) {
         (Codec::Int4, Quantizer::PerChannel) => {
-            let scales = job.scales.chunks_exact(head_dim).cycle();
-            for ((out, codes), scales) in out_rows.zip(job.codes.chunks_exact(head_dim / 2)).zip(scales) {
-                let (out_low, out_high) = out.split_at_mut(head_dim);
-                let (scales_low, scales_high) = scales.split_at(head_dim / 2);
-                int4_row(
-                    codes,
-                    |index| scales_low[index],
-                    |index| scales_high[index],
-                    out_low,
-                    out_high,
-                    narrow,
-                );
+            for ((out, codes), (scales, offsets)) in
+                out_rows.zip(job.codes.chunks_exact(dim / 2)).zip(channels())
+            {
+                let (low, high) = out.split_at_mut(dim);
+                let (low_scales, high_scales) = scales.split_at(dim / 2);
+                let (low_offsets, high_offsets) = offsets.split_at(dim / 2);
+                row(low, codes, low_nibble, low_scales.iter().zip(low_offsets), narrow);
+                row(high, codes, high_nibble, high_scales.iter().zip(high_offsets), narrow);
             }
         }
         (Codec::Int4, _) => {
-            for ((out, codes), &scale) in out_rows.zip(job.codes.chunks_exact(head_dim / 2)).zip(job.scales) {
-                let (out_low, out_high) = out.split_at_mut(head_dim);
-                int4_row(codes, |_| scale, |_| scale, out_low, out_high, narrow);
+            for ((out, codes), group) in out_rows.zip(job.codes.chunks_exact(dim / 2)).zip(rows()) {
+                let (low, high) = out.split_at_mut(dim);
+                row(low, codes, low_nibble, std::iter::repeat(group), narrow);
+                row(high, codes, high_nibble, std::iter::repeat(group), narrow);
             }
         }
         (_, Quantizer::PerChannel) => {
-            let scales = job.scales.chunks_exact(head_dim).cycle();
-            for ((out, codes), scales) in out_rows.zip(job.codes.chunks_exact(head_dim)).zip(scales) {
-                for ((out, &code), &scale) in out.chunks_exact_mut(2).zip(codes).zip(scales) {
-                    put(out, narrow(f32::from(i8::from_le_bytes([code])) * scale));
-                }
+            for ((out, codes), (scales, offsets)) in out_rows.zip(job.codes.chunks_exact(dim)).zip(channels())
+            {
+                row(out, codes, |code| code, scales.iter().zip(offsets), narrow);
             }
         }
         _ => {
-            for ((out, codes), &scale) in out_rows.zip(job.codes.chunks_exact(head_dim)).zip(job.scales) {
-                for (out, &code) in out.chunks_exact_mut(2).zip(codes) {
-                    put(out, narrow(f32::from(i8::from_le_bytes([code])) * scale));
-                }
+            for ((out, codes), group) in out_rows.zip(job.codes.chunks_exact(dim)).zip(rows()) {
+                row(out, codes, |code| code, std::iter::repeat(group), narrow);
             }
         }
     }
 }
 
 #[inline(always)]
-fn int4_row(
-    codes: &[u8],
-    scale_low: impl Fn(usize) -> f32,
-    scale_high: impl Fn(usize) -> f32,
-    out_low: &mut [u8],
-    out_high: &mut [u8],
-    narrow: impl Fn(f32) -> u16,
-) {
-    for (index, (out, &codes)) in out_low.chunks_exact_mut(2).zip(codes).enumerate() {
-        put(out, narrow(f32::from(i8::from_le_bytes([codes & 0x0f]) - 8) * scale_low(index)));
-    }
-    for (index, (out, &codes)) in out_high.chunks_exact_mut(2).zip(codes).enumerate() {
-        put(out, narrow(f32::from(i8::from_le_bytes([codes >> 4]) - 8) * scale_high(index)));
-    }
+fn low_nibble(codes: u8) -> u8 {
+    codes & 0x0f
 }
 
 #[inline(always)]
-fn put(out: &mut [u8], bits: u16) {
-    out.copy_from_slice(&bits.to_le_bytes());
+fn high_nibble(codes: u8) -> u8 {
+    codes >> 4
+}
+
+/// One element for each byte of `codes`.
+#[inline(always)]
+fn row<'a>(
+    out: &mut [u8],
+    codes: &[u8],
+    code: impl Fn(u8) -> u8,
+    groups: impl Iterator<Item = (&'a f32, &'a f32)>,
+    narrow: impl Fn(f32) -> u16,
+) {
+    for ((out, &codes), (&scale, &offset)) in out.chunks_exact_mut(Dtype::BYTES).zip(codes).zip(groups) {
+        out.copy_from_slice(&narrow(f32::from(code(codes)) * scale + offset).to_le_bytes());
+    }
 }

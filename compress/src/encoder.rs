@@ -4,10 +4,10 @@ use zstd_safe::CCtx;
 
 use crate::format::{self, FixedHeader, PlaneEntry, header_bytes};
 use crate::payload::{Layout, LayoutError, SECTION_LENGTH_BYTES};
-use crate::quantize::{self, largest_code};
+use crate::quantize::{self, Ranges, largest_code};
 use crate::{Codec, Dtype, Quantizer, Shape, ShapeError, Side, checksum, frame, lossless, plane_of};
 
-/// The zstd level that stores use unless told otherwise; `docs/FORMAT.md` gives the measurement behind it.
+/// The zstd level that stores use for codes unless told otherwise; `docs/FORMAT.md` gives the measurement behind it.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 1;
 
 /// Why a chunk can't be encoded.
@@ -58,9 +58,10 @@ pub struct Encoder {
 #[derive(Default)]
 struct Scratch {
     values: Vec<f32>,
-    largest: Vec<f32>,
+    ranges: Ranges,
     scales: Vec<f32>,
-    codes: Vec<i8>,
+    offsets: Vec<f32>,
+    codes: Vec<u8>,
     packed: [Vec<u8>; 2],
     frame: Vec<u8>,
 }
@@ -72,11 +73,14 @@ impl std::fmt::Debug for Encoder {
 }
 
 impl Encoder {
-    /// An encoder for `codec`, compressing with zstd at `zstd_level` ([`DEFAULT_ZSTD_LEVEL`]; zstd takes about
-    /// -131072 to 22 and moves others to the nearest of these).
+    /// An encoder for `codec`, compressing codes with zstd at `zstd_level` ([`DEFAULT_ZSTD_LEVEL`]; zstd takes
+    /// -131072 to 22 and moves others to the nearest of these). `lossless` is compressed at zstd's lowest level, whose
+    /// entropy coding alone makes it both smaller and faster than any other; `raw` is not compressed.
     #[must_use]
     pub fn new(codec: Codec, zstd_level: i32) -> Self {
-        Self { codec, zstd: frame::compression_context(zstd_level), scratch: Scratch::default() }
+        // Matches in the bytes of floats cost more bits than they save, and most of the time of decoding.
+        let level = if codec == Codec::Lossless { zstd_safe::min_c_level() } else { zstd_level };
+        Self { codec, zstd: frame::compression_context(level), scratch: Scratch::default() }
     }
 
     /// The codec of the chunks that this encoder writes.
@@ -186,7 +190,7 @@ impl Encoder {
         frame::write_section(zstd, frame, low, out).map_err(EncodeError::Zstd)
     }
 
-    /// Writes scales and codes of the plane in `scratch.values`; returns the type of the scales.
+    /// Writes scales, offsets and codes of the plane in `scratch.values`; returns the type of scales and offsets.
     fn write_quantized(
         &mut self,
         shape: &Shape,
@@ -194,23 +198,35 @@ impl Encoder {
         out: &mut Vec<u8>,
     ) -> Result<Dtype, EncodeError> {
         let zstd = self.zstd.as_mut().map_err(|name| EncodeError::Zstd(name))?;
-        let Scratch { values, largest, scales, codes, packed: [packed, _], frame } = &mut self.scratch;
-        let largest_code = largest_code(self.codec);
-        quantize::largest_magnitudes(values, shape, quantizer, largest);
-        let dtype = Dtype::Bf16;
+        let Scratch { values, ranges, scales, offsets, codes, packed: [packed, _], frame } =
+            &mut self.scratch;
+        // Offsets are elements, so in the elements' own type they are exact.
+        let dtype = shape.dtype;
+        ranges.measure(values, shape, quantizer);
         scales.clear();
-        for &largest in largest.iter() {
-            let bits = quantize::scale_bits(largest, self.codec, dtype);
-            out.extend_from_slice(&bits.to_le_bytes());
-            scales.push(dtype.widen(bits));
+        offsets.clear();
+        let start = out.len();
+        out.resize(start + 4 * ranges.smallest.len(), 0);
+        let (scale_bytes, offset_bytes) = out[start..].split_at_mut(2 * ranges.smallest.len());
+        let bytes = scale_bytes.chunks_exact_mut(2).zip(offset_bytes.chunks_exact_mut(2));
+        for ((&smallest, &largest), (scale_bytes, offset_bytes)) in
+            ranges.smallest.iter().zip(&ranges.largest).zip(bytes)
+        {
+            let (scale, offset) = quantize::scale_and_offset(smallest, largest, self.codec, dtype);
+            scale_bytes.copy_from_slice(&scale.to_le_bytes());
+            offset_bytes.copy_from_slice(&offset.to_le_bytes());
+            scales.push(dtype.widen(scale));
+            offsets.push(dtype.widen(offset));
         }
-        quantize::quantize(values, scales, shape, quantizer, largest_code, codes);
-        packed.clear();
-        match self.codec {
-            Codec::Int4 => quantize::pack_int4(codes, usize::from(shape.head_dim), packed),
-            _ => quantize::pack_int8(codes, packed),
-        }
-        frame::write_section(zstd, frame, packed, out).map_err(EncodeError::Zstd)?;
+        quantize::quantize(values, scales, offsets, shape, quantizer, largest_code(self.codec), codes);
+        let codes = if self.codec == Codec::Int4 {
+            packed.clear();
+            quantize::pack_int4(codes, usize::from(shape.head_dim), packed);
+            packed
+        } else {
+            codes
+        };
+        frame::write_section(zstd, frame, codes, out).map_err(EncodeError::Zstd)?;
         Ok(dtype)
     }
 }

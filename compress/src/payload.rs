@@ -39,12 +39,12 @@ pub enum LayoutError {
         /// The head dimension.
         head_dim: u16,
     },
-    /// Scales and codes would take more than the plane itself.
+    /// Scales, offsets and codes would take more than the plane itself.
     #[error(
-        "scales and codes take {bytes} bytes, the plane only {plane_bytes}: share scales along the other axis"
+        "scales, offsets and codes take {bytes} bytes, the plane only {plane_bytes}: share scales along the other axis"
     )]
     Outgrows {
-        /// Bytes of scales and codes.
+        /// Bytes of scales, offsets and codes.
         bytes: usize,
         /// Bytes of the decoded plane.
         plane_bytes: usize,
@@ -54,9 +54,9 @@ pub enum LayoutError {
 /// Sizes of the parts of an encoded plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Layout {
-    /// Number of scales; 0 for the exact codecs.
-    pub(crate) scales: usize,
-    /// Bytes of the scales.
+    /// Groups of elements that share a scale and an offset; 0 for the exact codecs.
+    pub(crate) groups: usize,
+    /// Bytes of all scales; the offsets take as many.
     pub(crate) scale_bytes: usize,
     /// Bytes of the codes once decompressed; for the exact codecs, bytes of the plane.
     pub(crate) code_bytes: usize,
@@ -70,22 +70,22 @@ impl Layout {
     /// The layout of a plane of this shape; `shape` has passed [`Shape::check`].
     pub(crate) fn new(shape: &Shape, codec: Codec, quantizer: Quantizer) -> Result<Self, LayoutError> {
         let plane_bytes = shape.plane_bytes();
-        let scales = match (codec, quantizer) {
+        let groups = match (codec, quantizer) {
             (Codec::Raw | Codec::Lossless, Quantizer::None) => 0,
             (Codec::Int8 | Codec::Int4, Quantizer::PerChannel) => shape.channels(),
             (Codec::Int8 | Codec::Int4, Quantizer::PerTokenAndHead) => shape.head_rows(),
             _ => return Err(LayoutError::Quantizer { codec, quantizer }),
         };
-        let scale_bytes = scales * Dtype::BYTES;
+        let scale_bytes = groups * Dtype::BYTES;
         let code_bytes = match codec {
             Codec::Raw => {
                 let [code_bytes, min_bytes, max_bytes] = [plane_bytes; 3];
-                return Ok(Self { scales, scale_bytes, code_bytes, min_bytes, max_bytes });
+                return Ok(Self { groups, scale_bytes, code_bytes, min_bytes, max_bytes });
             }
             Codec::Lossless => {
                 // Two sections of at least one byte each.
                 let (min_bytes, max_bytes) = (SECTION_LENGTH_BYTES + 2, SECTION_LENGTH_BYTES + plane_bytes);
-                return Ok(Self { scales, scale_bytes, code_bytes: plane_bytes, min_bytes, max_bytes });
+                return Ok(Self { groups, scale_bytes, code_bytes: plane_bytes, min_bytes, max_bytes });
             }
             Codec::Int8 => plane_bytes / 2,
             Codec::Int4 if shape.head_dim % 2 == 1 => return Err(LayoutError::OddHeadDim(shape.head_dim)),
@@ -94,11 +94,11 @@ impl Layout {
         if shape.head_dim < MIN_QUANTIZED_HEAD_DIM {
             return Err(LayoutError::SmallHeadDim { codec, head_dim: shape.head_dim });
         }
-        let max_bytes = scale_bytes + code_bytes;
+        let max_bytes = 2 * scale_bytes + code_bytes;
         if max_bytes > plane_bytes {
             return Err(LayoutError::Outgrows { bytes: max_bytes, plane_bytes });
         }
-        Ok(Self { scales, scale_bytes, code_bytes, min_bytes: scale_bytes + 1, max_bytes })
+        Ok(Self { groups, scale_bytes, code_bytes, min_bytes: 2 * scale_bytes + 1, max_bytes })
     }
 }
 

@@ -1,18 +1,25 @@
-//! From 16-bit floats to integer codes with shared scales.
+//! From 16-bit floats to integer codes with shared scales and offsets.
 //!
-//! A scale is the largest magnitude of its group divided by the largest code, rounded to a 16-bit float; a code is the
-//! element divided by the rounded scale, to nearest, ties to even. All arithmetic is IEEE `f32`, so every machine
-//! writes the same bytes.
+//! A group's offset is its smallest element and its scale the span of its elements divided by the largest code, both
+//! 16-bit floats; a code is the element's distance from the offset divided by the scale, to nearest, ties to even. All
+//! arithmetic is IEEE, so every machine writes the same bytes.
 
 use crate::dtype::{self, Dtype};
 use crate::{Codec, Quantizer, Shape};
 
-/// Largest magnitude of a code: 127 for `int8`, 7 for `int4`. Codes are symmetric around 0.
-pub(crate) const fn largest_code(codec: Codec) -> f32 {
+/// Largest code: 255 for `int8`, 15 for `int4`; the smallest is 0.
+pub(crate) const fn largest_code(codec: Codec) -> u8 {
     match codec {
-        Codec::Int4 => 7.0,
-        _ => 127.0,
+        Codec::Int4 => 15,
+        _ => 255,
     }
+}
+
+/// Smallest and largest element of every group that shares a scale.
+#[derive(Debug, Default)]
+pub(crate) struct Ranges {
+    pub(crate) smallest: Vec<f32>,
+    pub(crate) largest: Vec<f32>,
 }
 
 /// Widens a plane of little-endian elements to `f32`; `Err` with the index of the first element that is not finite.
@@ -30,87 +37,101 @@ pub(crate) fn widen(plane: &[u8], dtype: Dtype, values: &mut Vec<f32>) -> Result
     Ok(())
 }
 
-/// The largest magnitude of every group that shares a scale, in the order of the scales.
-pub(crate) fn largest_magnitudes(
-    values: &[f32],
-    shape: &Shape,
-    quantizer: Quantizer,
-    largest: &mut Vec<f32>,
-) {
-    largest.clear();
-    if quantizer == Quantizer::PerTokenAndHead {
-        let rows = values.chunks_exact(usize::from(shape.head_dim));
-        largest.extend(rows.map(|row| row.iter().fold(0.0, |most: f32, value| most.max(value.abs()))));
-        return;
-    }
-    largest.resize(shape.channels(), 0.0);
-    for token in values.chunks_exact(shape.channels()) {
-        for (most, value) in largest.iter_mut().zip(token) {
-            *most = most.max(value.abs());
+#[inline(always)]
+fn lesser(a: f32, b: f32) -> f32 {
+    // One instruction, unlike `f32::min` with its rules for NaN; of two zeros the first stays.
+    if b < a { b } else { a }
+}
+
+#[inline(always)]
+fn greater(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+impl Ranges {
+    /// Takes the ranges of all groups of a plane, in the order of the scales.
+    pub(crate) fn measure(&mut self, values: &[f32], shape: &Shape, quantizer: Quantizer) {
+        let Self { smallest, largest } = self;
+        smallest.clear();
+        largest.clear();
+        if quantizer == Quantizer::PerTokenAndHead {
+            let rows = || values.chunks_exact(usize::from(shape.head_dim));
+            smallest.extend(rows().map(|row| row.iter().copied().fold(f32::INFINITY, lesser)));
+            largest.extend(rows().map(|row| row.iter().copied().fold(f32::NEG_INFINITY, greater)));
+            return;
+        }
+        smallest.resize(shape.channels(), f32::INFINITY);
+        largest.resize(shape.channels(), f32::NEG_INFINITY);
+        for token in values.chunks_exact(shape.channels()) {
+            for ((least, most), &value) in smallest.iter_mut().zip(largest.iter_mut()).zip(token) {
+                *least = lesser(*least, value);
+                *most = greater(*most, value);
+            }
         }
     }
 }
 
-/// Largest magnitude that a scale may have: its product with every code is a finite bfloat16.
-pub(crate) const fn largest_scale(codec: Codec) -> f32 {
-    // Codes reach one further down than up, though this encoder doesn't go there.
-    dtype::BF16_MAX / (largest_code(codec) + 1.0)
+/// Bits of scale and offset of a group with this range, as `dtype`, the type of the plane's elements.
+///
+/// The offset is exact. The scale is rounded up, so that every element is within half a scale of what its code stands
+/// for. Only where the largest code would then stand for more than the largest finite bfloat16 is the scale lowered,
+/// and the elements at that end are cut to what the largest code stands for.
+pub(crate) fn scale_and_offset(smallest: f32, largest: f32, codec: Codec, dtype: Dtype) -> (u16, u16) {
+    let codes = f32::from(largest_code(codec));
+    let span = (f64::from(largest) - f64::from(smallest)) / f64::from(codes);
+    #[expect(clippy::cast_possible_truncation, reason = "rounding to nearest; the next line rounds up")]
+    let nearest = dtype.narrow(span as f32);
+    let mut scale = nearest + u16::from(f64::from(dtype.widen(nearest)) < span);
+    // At most one binade down, and only for spans near the end of bfloat16.
+    while codes * dtype.widen(scale) + smallest > dtype::BF16_MAX {
+        scale -= 1;
+    }
+    (scale, dtype.narrow(smallest))
 }
 
-/// The scale of a group whose largest magnitude is `largest`, as the bits of a `dtype`.
-pub(crate) fn scale_bits(largest: f32, codec: Codec, dtype: Dtype) -> u16 {
-    let (scale, most) = (largest / largest_code(codec), largest_scale(codec));
-    dtype.narrow(if scale > most { most } else { scale })
-}
-
-/// The code of a value: `value / scale` to nearest, ties to even, between plus and minus `largest_code`.
+/// The code of a value: its distance from the offset in scales, to nearest, ties to even, at most `largest_code`.
 #[inline(always)]
-pub(crate) fn code(value: f32, scale: f32, largest_code: f32) -> i8 {
-    // 1.5 * 2^23: adding and taking it away again leaves an integer, rounded to nearest even, without a library call.
+fn code(value: f32, scale: f32, offset: f32, largest_code: f32) -> u8 {
+    // 1.5 * 2^23: adding it and taking it away leaves an integer, rounded to nearest even, without a library call.
     const ROUND: f32 = 12_582_912.0;
-    let ratio = if scale == 0.0 { 0.0 } else { value / scale };
-    let ratio = if ratio > largest_code { largest_code } else { ratio };
-    let ratio = if ratio < -largest_code { -largest_code } else { ratio };
-    #[expect(clippy::cast_possible_truncation, reason = "an integer of at most 127 in magnitude")]
-    let code = ((ratio + ROUND) - ROUND) as i8;
+    let ratio = if scale == 0.0 { 0.0 } else { (value - offset) / scale };
+    let ratio = lesser(largest_code, ratio);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an integer from 0 to 255")]
+    let code = ((ratio + ROUND) - ROUND) as u8;
     code
 }
 
-/// Appends one code for each value, in the values' order; `scales` are in the quantizer's order.
+/// Appends one code for each value, in the values' order; scales and offsets are in the quantizer's order.
 pub(crate) fn quantize(
     values: &[f32],
     scales: &[f32],
+    offsets: &[f32],
     shape: &Shape,
     quantizer: Quantizer,
-    largest_code: f32,
-    codes: &mut Vec<i8>,
+    largest_code: u8,
+    codes: &mut Vec<u8>,
 ) {
+    let largest_code = f32::from(largest_code);
+    let groups = || scales.iter().zip(offsets);
     codes.clear();
     if quantizer == Quantizer::PerTokenAndHead {
-        for (row, &scale) in values.chunks_exact(usize::from(shape.head_dim)).zip(scales) {
-            codes.extend(row.iter().map(|&value| code(value, scale, largest_code)));
+        for (row, (&scale, &offset)) in values.chunks_exact(usize::from(shape.head_dim)).zip(groups()) {
+            codes.extend(row.iter().map(|&value| code(value, scale, offset, largest_code)));
         }
     } else {
         for token in values.chunks_exact(shape.channels()) {
-            codes.extend(token.iter().zip(scales).map(|(&value, &scale)| code(value, scale, largest_code)));
+            let elements = token.iter().zip(groups());
+            codes
+                .extend(elements.map(|(&value, (&scale, &offset))| code(value, scale, offset, largest_code)));
         }
     }
 }
 
-/// Appends the bytes of `int8` codes: two's complement.
-pub(crate) fn pack_int8(codes: &[i8], packed: &mut Vec<u8>) {
-    packed.extend(codes.iter().map(|code| code.to_le_bytes()[0]));
-}
-
 /// Appends the bytes of `int4` codes: within a head row, byte `j` holds dimension `j` in its low and dimension
-/// `j + head_dim / 2` in its high four bits, each plus 8. `head_dim` is even.
-pub(crate) fn pack_int4(codes: &[i8], head_dim: usize, packed: &mut Vec<u8>) {
+/// `j + head_dim / 2` in its high four bits. `head_dim` is even.
+pub(crate) fn pack_int4(codes: &[u8], head_dim: usize, packed: &mut Vec<u8>) {
     for row in codes.chunks_exact(head_dim) {
         let (low, high) = row.split_at(head_dim / 2);
-        packed.extend(
-            low.iter()
-                .zip(high)
-                .map(|(low, high)| (low + 8).to_le_bytes()[0] | ((high + 8).to_le_bytes()[0] << 4)),
-        );
+        packed.extend(low.iter().zip(high).map(|(low, high)| low | (high << 4)));
     }
 }

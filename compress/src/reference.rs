@@ -9,6 +9,9 @@ use crate::frame::FrameError;
 use crate::payload::Layout;
 use crate::{Codec, DecodeError, Dtype, EncodeError, Quantizer, Shape, Side};
 
+/// The largest finite bfloat16: 255 * 2^120.
+const BF16_MAX: f32 = 255.0 * (1_u128 << 120) as f32;
+
 /// Why there is no reference for a plane.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReferenceError {
@@ -21,16 +24,16 @@ pub enum ReferenceError {
 }
 
 /// A quantized plane: what an encoder packs and compresses.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Quantized {
-    /// Which elements share a scale.
+    /// Which elements share a scale and an offset.
     pub quantizer: Quantizer,
-    /// Element type of the scales.
+    /// Element type of scales and offsets.
     pub scale_dtype: Dtype,
-    /// Bits of the scales, in the quantizer's order.
-    pub scales: Vec<u16>,
+    /// Bits of scale and offset of each group, in the quantizer's order.
+    pub groups: Vec<(u16, u16)>,
     /// One code for each element, in the plane's order.
-    pub codes: Vec<i8>,
+    pub codes: Vec<u8>,
 }
 
 /// The bytes that must arrive when `plane` has been encoded with `codec` by [`crate::Encoder`] and is decoded to
@@ -77,69 +80,101 @@ pub fn quantize(codec: Codec, shape: &Shape, side: Side, plane: &[u8]) -> Result
     for (element, bytes) in plane.chunks(2).enumerate() {
         values.push(widen(u16::from_le_bytes([bytes[0], bytes[1]]), shape.dtype).ok_or(element)?);
     }
-    let quantizer = Quantizer::choose(codec, shape, side);
-    let (groups, largest_code) =
-        (groups(shape, quantizer), if codec == Codec::Int4 { 7.0_f32 } else { 127.0 });
-    let scale_dtype = Dtype::Bf16;
-    // So that code -8 (or -128) times a scale is a finite bfloat16.
-    let largest_scale = widen(0x7f7f, Dtype::Bf16).unwrap_or(0.0) / (largest_code + 1.0);
-    let mut scales = Vec::new();
-    for group in 0..groups {
-        let members = (0..values.len()).filter(|&element| group_of(element, shape, quantizer) == group);
-        let largest = members.map(|element| values[element].abs()).fold(0.0, f32::max);
-        scales.push(narrow((largest / largest_code).min(largest_scale), scale_dtype));
+    let (quantizer, scale_dtype) = (Quantizer::choose(codec, shape, side), shape.dtype);
+    let mut members = vec![Vec::new(); group_count(shape, quantizer)];
+    for (element, &value) in values.iter().enumerate() {
+        members[group_of(element, shape, quantizer)].push(value);
     }
+    let groups: Vec<_> =
+        members.iter().map(|members| scale_and_offset(members, codec, scale_dtype)).collect();
+    let largest_code = f32::from(largest_code(codec));
     let code = |(element, value): (usize, &f32)| {
-        let scale = widen(scales[group_of(element, shape, quantizer)], scale_dtype).unwrap_or(0.0);
-        let ratio = if scale == 0.0 { 0.0 } else { (value / scale).clamp(-largest_code, largest_code) };
-        #[expect(clippy::cast_possible_truncation, reason = "an integer of at most 127 in magnitude")]
-        let code = ratio.round_ties_even() as i8;
-        code
+        let (scale, offset) = widen_group(groups[group_of(element, shape, quantizer)], scale_dtype)?;
+        let ratio = if scale == 0.0 { 0.0 } else { ((value - offset) / scale).clamp(0.0, largest_code) };
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "an integer from 0 to 255"
+        )]
+        let code = ratio.round_ties_even() as u8;
+        Some(code)
     };
-    let codes = values.iter().enumerate().map(code).collect();
-    Ok(Quantized { quantizer, scale_dtype, scales, codes })
+    let codes =
+        values.iter().enumerate().map(|element| code(element).ok_or(element.0)).collect::<Result<_, _>>()?;
+    Ok(Quantized { quantizer, scale_dtype, groups, codes })
+}
+
+/// Scale and offset of a group: the first scale, from the smallest up, that covers all members.
+fn scale_and_offset(members: &[f32], codec: Codec, dtype: Dtype) -> (u16, u16) {
+    let (mut smallest, mut largest) = (members[0], members[0]);
+    for &member in members {
+        smallest = if member < smallest { member } else { smallest };
+        largest = if member > largest { member } else { largest };
+    }
+    let codes = largest_code(codec);
+    let covers = |bits: u16| {
+        widen(bits, dtype).is_none_or(|scale| {
+            f64::from(scale) >= (f64::from(largest) - f64::from(smallest)) / f64::from(codes)
+        })
+    };
+    let bits: Vec<u16> = (0..dtype.exponent_mask()).collect();
+    let mut scale = u16::try_from(bits.partition_point(|&bits| !covers(bits))).unwrap_or(u16::MAX);
+    // Only next to the end of bfloat16: the largest code must stay finite.
+    let ends_finite =
+        |bits: u16| widen(bits, dtype).is_some_and(|scale| f32::from(codes) * scale + smallest <= BF16_MAX);
+    while !ends_finite(scale) {
+        scale -= 1;
+    }
+    (scale, narrow(smallest, dtype))
+}
+
+fn largest_code(codec: Codec) -> u8 {
+    if codec == Codec::Int4 { 15 } else { 255 }
 }
 
 /// The elements that a quantized plane stands for, little-endian.
 #[must_use]
 pub fn dequantize(quantized: &Quantized, shape: &Shape, out_dtype: Dtype) -> Vec<u8> {
-    let &Quantized { quantizer, scale_dtype, ref scales, ref codes } = quantized;
-    let element = |(element, &code): (usize, &i8)| {
-        let scale = widen(scales[group_of(element, shape, quantizer)], scale_dtype).unwrap_or(0.0);
-        narrow(f32::from(code) * scale, out_dtype).to_le_bytes()
+    let &Quantized { quantizer, scale_dtype, ref groups, ref codes } = quantized;
+    let element = |(element, &code): (usize, &u8)| {
+        let group = widen_group(groups[group_of(element, shape, quantizer)], scale_dtype);
+        let (scale, offset) = group.unwrap_or((f32::NAN, f32::NAN));
+        narrow(f32::from(code) * scale + offset, out_dtype).to_le_bytes()
     };
     codes.iter().enumerate().flat_map(element).collect()
 }
 
 /// Codes as the bytes that are compressed.
 #[must_use]
-pub fn pack(codec: Codec, shape: &Shape, codes: &[i8]) -> Vec<u8> {
-    let nibble = |code: i8| (i16::from(code) + 8).to_le_bytes()[0];
+pub fn pack(codec: Codec, shape: &Shape, codes: &[u8]) -> Vec<u8> {
     let (dim, rows) = (usize::from(shape.head_dim), shape.head_rows());
-    match codec {
-        Codec::Int4 => (0..rows * dim / 2)
-            .map(|byte| (byte / (dim / 2) * dim) + byte % (dim / 2))
-            .map(|low| nibble(codes[low]) + 16 * nibble(codes[low + dim / 2]))
-            .collect(),
-        _ => codes.iter().map(|code| code.to_le_bytes()[0]).collect(),
+    if codec != Codec::Int4 {
+        return codes.to_vec();
     }
+    let mut packed = Vec::new();
+    for row in 0..rows {
+        for j in 0..dim / 2 {
+            packed.push(codes[row * dim + j] + 16 * codes[row * dim + j + dim / 2]);
+        }
+    }
+    packed
 }
 
 /// The inverse of [`pack`].
 #[must_use]
-pub fn unpack(codec: Codec, shape: &Shape, packed: &[u8]) -> Vec<i8> {
-    let code = |nibble: u8| i8::from_le_bytes([nibble]) - 8;
+pub fn unpack(codec: Codec, shape: &Shape, packed: &[u8]) -> Vec<u8> {
     let (dim, rows) = (usize::from(shape.head_dim), shape.head_rows());
-    match codec {
-        Codec::Int4 => (0..rows * dim)
-            .map(|element| (element / dim, element % dim))
-            .map(|(row, j)| match j.checked_sub(dim / 2) {
-                None => code(packed[row * dim / 2 + j] % 16),
-                Some(j) => code(packed[row * dim / 2 + j] / 16),
-            })
-            .collect(),
-        _ => packed.iter().map(|&byte| i8::from_le_bytes([byte])).collect(),
+    if codec != Codec::Int4 {
+        return packed.to_vec();
     }
+    let mut codes = Vec::new();
+    for row in 0..rows {
+        for j in 0..dim {
+            let byte = packed[row * dim / 2 + j % (dim / 2)];
+            codes.push(if j < dim / 2 { byte % 16 } else { byte / 16 });
+        }
+    }
+    codes
 }
 
 /// Decodes the encoded bytes of one plane, whoever encoded them.
@@ -168,21 +203,22 @@ pub fn decode_plane(
             Ok((0..shape.elements_per_plane()).flat_map(|element| [low[element], high[element]]).collect())
         }
         (Codec::Int8 | Codec::Int4, Some(scale_dtype)) => {
-            let scales: Vec<u16> = encoded[..layout.scale_bytes]
-                .chunks(2)
-                .map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
-                .collect();
-            // Strictly: codes reach one further down than up.
-            let most_code = if codec == Codec::Int4 { 8.0 } else { 128.0 };
-            let bf16_max = widen(0x7f7f, Dtype::Bf16).unwrap_or(0.0);
-            for (index, &bits) in scales.iter().enumerate() {
-                if widen(bits, scale_dtype).is_none_or(|scale| scale.abs() * most_code > bf16_max) {
-                    return Err(DecodeError::Scale { index, bits });
+            let bits = |at: usize| u16::from_le_bytes([encoded[at], encoded[at + 1]]);
+            let group = |group: usize| (bits(2 * group), bits(layout.scale_bytes + 2 * group));
+            let groups: Vec<(u16, u16)> = (0..group_count(shape, quantizer)).map(group).collect();
+            for (group, &(scale_bits, offset_bits)) in groups.iter().enumerate() {
+                let all_finite =
+                    widen_group((scale_bits, offset_bits), scale_dtype).is_some_and(|(scale, offset)| {
+                        (0..=largest_code(codec))
+                            .all(|code| (f32::from(code) * scale + offset).abs() <= BF16_MAX)
+                    });
+                if !all_finite {
+                    return Err(DecodeError::Scale { group, scale_bits, offset_bits });
                 }
             }
-            let packed = section(&encoded[layout.scale_bytes..], layout.code_bytes)?;
+            let packed = section(&encoded[2 * layout.scale_bytes..], layout.code_bytes)?;
             let codes = unpack(codec, shape, &packed);
-            Ok(dequantize(&Quantized { quantizer, scale_dtype, scales, codes }, shape, out_dtype))
+            Ok(dequantize(&Quantized { quantizer, scale_dtype, groups, codes }, shape, out_dtype))
         }
         _ => Ok(encoded.to_vec()),
     }
@@ -202,8 +238,8 @@ fn section(section: &[u8], expected_bytes: usize) -> Result<Vec<u8>, FrameError>
     Ok(bytes)
 }
 
-/// How many groups of elements share a scale.
-fn groups(shape: &Shape, quantizer: Quantizer) -> usize {
+/// How many groups of elements there are.
+fn group_count(shape: &Shape, quantizer: Quantizer) -> usize {
     let [tokens, heads, dim] = [shape.tokens, shape.kv_heads, shape.head_dim].map(usize::from);
     match quantizer {
         Quantizer::None => 0,
@@ -220,6 +256,11 @@ fn group_of(element: usize, shape: &Shape, quantizer: Quantizer) -> usize {
         Quantizer::PerTokenAndHead => token * heads + head,
         _ => head * dim + j,
     }
+}
+
+/// Scale and offset as numbers; `None` if one is not finite.
+fn widen_group((scale, offset): (u16, u16), dtype: Dtype) -> Option<(f32, f32)> {
+    Some((widen(scale, dtype)?, widen(offset, dtype)?))
 }
 
 /// The value of a 16-bit float from its fields; `None` if it is not finite.
