@@ -37,6 +37,17 @@ const VARIABLES: &[&str] = &[
 const OPAQUE: &[&str] =
     &["rte_arp_hdr", "rte_arp_ipv4", "rte_l2tpv2_combined_msg_hdr", "rte_gtp_psc_generic_hdr"];
 
+/// Gives flags of 64-bit words that type in every release: by their values some would be `u32`, and which ones changes.
+#[derive(Debug)]
+struct WideFlags;
+
+impl bindgen::callbacks::ParseCallbacks for WideFlags {
+    fn int_macro(&self, name: &str, _value: i64) -> Option<bindgen::callbacks::IntKind> {
+        let prefixes = ["RTE_MBUF_F_", "RTE_ETH_RX_OFFLOAD_", "RTE_ETH_TX_OFFLOAD_", "RTE_ETH_RSS_"];
+        prefixes.iter().any(|prefix| name.starts_with(prefix)).then_some(bindgen::callbacks::IntKind::U64)
+    }
+}
+
 pub(crate) fn generate(dpdk: &Dpdk, out: &Path) {
     let mut builder = bindgen::Builder::default()
         .header("shim/shim.h")
@@ -46,6 +57,7 @@ pub(crate) fn generate(dpdk: &Dpdk, out: &Path) {
         .prepend_enum_name(false)
         .derive_default(true)
         .generate_comments(false)
+        .parse_callbacks(Box::new(WideFlags))
         .layout_tests(true)
         // Most flags are `RTE_BIT64(n)` or contain casts, which only a compiler can evaluate.
         .clang_macro_fallback()

@@ -115,22 +115,34 @@ fn dpdk_library(dpdk: &Dpdk, name: &str) {
     }
 }
 
-/// Links another project's library: statically where it is installed so, dynamically otherwise.
+/// Libraries whose static form lacks parts where the archive holds this name. Debian 13's libelf asks for zstd, which the program may
+/// have of its own, and for functions of elfutils that no package has as an archive.
+const INCOMPLETE: &[(&str, &str)] = &[("elf", "ZSTD_createCCtx")];
+
+/// Links another project's library: statically where it is installed so and whole, dynamically otherwise.
 fn external(dpdk: &Dpdk, name: &str) {
-    let found =
-        search_path(&dpdk.libdir).into_iter().find(|folder| folder.join(format!("lib{name}.a")).exists());
-    match found {
-        Some(folder) => {
-            println!("cargo:rustc-link-search=native={}", folder.display());
-            println!("cargo:rustc-link-lib=static:-bundle={name}");
-        }
-        None => {
-            println!(
-                "cargo:warning=lib{name}.a is not installed: the binary will need lib{name}.so where it runs"
-            );
-            println!("cargo:rustc-link-lib=dylib={name}");
-        }
+    let archives = search_path(&dpdk.libdir).into_iter().map(|folder| folder.join(format!("lib{name}.a")));
+    let Some(archive) = archives.into_iter().find(|archive| archive.exists()) else {
+        println!(
+            "cargo:warning=lib{name}.a is not installed: the binary will need lib{name}.so where it runs"
+        );
+        println!("cargo:rustc-link-lib=dylib={name}");
+        return;
+    };
+    let lacks_parts = |(library, symbol): &(&str, &str)| *library == name && holds(&archive, symbol);
+    if INCOMPLETE.iter().any(lacks_parts) {
+        println!("cargo:rustc-link-lib=dylib={name}");
+        return;
     }
+    if let Some(folder) = archive.parent() {
+        println!("cargo:rustc-link-search=native={}", folder.display());
+    }
+    println!("cargo:rustc-link-lib=static:-bundle={name}");
+}
+
+fn holds(archive: &Path, symbol: &str) -> bool {
+    let bytes = std::fs::read(archive).unwrap_or_default();
+    bytes.windows(symbol.len()).any(|window| window == symbol.as_bytes())
 }
 
 fn search_path(libdir: &Path) -> Vec<PathBuf> {

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <rte_bus.h>
+#include <rte_devargs.h>
 
 /* Sends standard output, where a wrong argument makes EAL print its usage, to /dev/null. Returns what restore_stdout needs. */
 static int silence_stdout(void)
@@ -123,4 +124,9 @@ size_t shim_log_types(char *text, size_t size)
 }
 
 const char *shim_device_bus(const struct rte_device *device) { return rte_bus_name(rte_dev_bus(device)); }
-const char *shim_device_name(const struct rte_device *device) { return rte_dev_name(device); }
+
+const char *shim_device_arguments(const struct rte_device *device)
+{
+	const struct rte_devargs *arguments = rte_dev_devargs(device);
+	return arguments != NULL ? arguments->args : NULL;
+}

@@ -71,7 +71,8 @@ uint32_t shim_softrss(uint32_t *tuple, uint32_t words, const uint8_t *key);
 size_t shim_log_types(char *text, size_t size);
 /* The bus a device sits on ("pci", "vdev", ...). */
 const char *shim_device_bus(const struct rte_device *device);
-const char *shim_device_name(const struct rte_device *device);
+/* What follows the name in a device's arguments ("role=client,bsize=9216"), or NULL. */
+const char *shim_device_arguments(const struct rte_device *device);
 /* 1 when ISA-L's shared library is found, 0 when the compress_isal driver cannot work. */
 int shim_isal_available(void);
 

@@ -24,3 +24,6 @@ const _: () = assert!(size_of::<rte_mbuf>() == 128);
 const _: () = assert!(align_of::<rte_mbuf>() == 64);
 const _: () = assert!(size_of::<rte_eth_stats>() >= 7 * 8);
 const _: () = assert!(SHIM_MBUF_BUF_ADDR == 0 && SHIM_MBUF_POOL < 128 && SHIM_MBUF_NEXT == 64);
+
+// Flags of 64-bit words have that type.
+const _: u64 = RTE_MBUF_F_RX_IP_CKSUM_GOOD | RTE_ETH_RX_OFFLOAD_UDP_CKSUM | RTE_ETH_RSS_NONFRAG_IPV4_UDP;

@@ -17,8 +17,8 @@ pub fn version() -> String {
 pub fn drivers() -> Vec<String> {
     let mut text = vec![0_u8; 64 * 1024];
     // SAFETY: writes at most `text.len()` bytes to `text`.
-    let length = unsafe { dpdk_sys::shim_log_types(text.as_mut_ptr().cast(), text.len() as _) };
-    text.truncate(usize::try_from(length).unwrap_or(0));
+    let length = unsafe { dpdk_sys::shim_log_types(text.as_mut_ptr().cast(), text.len()) };
+    text.truncate(length);
     driver_names(&String::from_utf8_lossy(&text))
 }
 

@@ -181,17 +181,21 @@ fn init(arguments: &[CString], huge: bool) -> Result<(), EalError> {
     let mut log = vec![0_u8; 16 * 1024];
     // SAFETY: `count` strings and a null, writable, never freed; `log` is writable for its length. STARTED makes this the only call.
     let outcome = unsafe {
-        dpdk_sys::shim_eal_init(count, pointers.leak().as_mut_ptr(), log.as_mut_ptr().cast(), log.len() as _)
+        dpdk_sys::shim_eal_init(count, pointers.leak().as_mut_ptr(), log.as_mut_ptr().cast(), log.len())
     };
     let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
     let log = String::from_utf8_lossy(&log[..end]).trim().to_owned();
     if outcome >= 0 {
-        if !log.is_empty() {
-            eprintln!("{log}");
-        }
+        log.lines().filter(|line| !is_harmless(line)).for_each(|line| eprintln!("{line}"));
         return Ok(());
     }
     Err(explain(-outcome, log, arguments, huge))
+}
+
+/// Warnings that a start which went well prints all the same: of page sizes that nobody reserved, and of the requests between processes that
+/// are switched off with the files they go by.
+fn is_harmless(line: &str) -> bool {
+    line.contains("hugepages reported on node") || line.contains("Failed to register mp action callback")
 }
 
 fn explain(errno: c_int, log: String, arguments: &[CString], huge: bool) -> EalError {

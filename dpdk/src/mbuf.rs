@@ -202,28 +202,21 @@ impl Mbuf {
     #[inline]
     #[must_use]
     pub fn ip_checksum(&self) -> Checksum {
-        self.checksum(
-            u64::from(dpdk_sys::RTE_MBUF_F_RX_IP_CKSUM_GOOD),
-            u64::from(dpdk_sys::RTE_MBUF_F_RX_IP_CKSUM_BAD),
-        )
+        self.checksum(dpdk_sys::RTE_MBUF_F_RX_IP_CKSUM_GOOD, dpdk_sys::RTE_MBUF_F_RX_IP_CKSUM_BAD)
     }
 
     /// What the device found about the UDP or TCP checksum.
     #[inline]
     #[must_use]
     pub fn l4_checksum(&self) -> Checksum {
-        self.checksum(
-            u64::from(dpdk_sys::RTE_MBUF_F_RX_L4_CKSUM_GOOD),
-            u64::from(dpdk_sys::RTE_MBUF_F_RX_L4_CKSUM_BAD),
-        )
+        self.checksum(dpdk_sys::RTE_MBUF_F_RX_L4_CKSUM_GOOD, dpdk_sys::RTE_MBUF_F_RX_L4_CKSUM_BAD)
     }
 
     /// The hash by which the device chose the receive queue; 0 if it does not say.
     #[inline]
     #[must_use]
     pub fn rss_hash(&self) -> u32 {
-        let hashed =
-            field!(self.raw, SHIM_MBUF_OL_FLAGS as u64) & u64::from(dpdk_sys::RTE_MBUF_F_RX_RSS_HASH) != 0;
+        let hashed = field!(self.raw, SHIM_MBUF_OL_FLAGS as u64) & dpdk_sys::RTE_MBUF_F_RX_RSS_HASH != 0;
         if hashed { field!(self.raw, SHIM_MBUF_HASH_RSS as u32) } else { 0 }
     }
 
@@ -237,15 +230,12 @@ impl Mbuf {
             return false;
         }
         let ip = if ipv6 {
-            u64::from(dpdk_sys::RTE_MBUF_F_TX_IPV6)
+            dpdk_sys::RTE_MBUF_F_TX_IPV6
         } else {
-            u64::from(dpdk_sys::RTE_MBUF_F_TX_IPV4) | u64::from(dpdk_sys::RTE_MBUF_F_TX_IP_CKSUM)
+            dpdk_sys::RTE_MBUF_F_TX_IPV4 | dpdk_sys::RTE_MBUF_F_TX_IP_CKSUM
         };
         let flags = field!(self.raw, SHIM_MBUF_OL_FLAGS as u64);
-        field!(
-            self.raw,
-            SHIM_MBUF_OL_FLAGS as u64 = flags | ip | u64::from(dpdk_sys::RTE_MBUF_F_TX_UDP_CKSUM)
-        );
+        field!(self.raw, SHIM_MBUF_OL_FLAGS as u64 = flags | ip | dpdk_sys::RTE_MBUF_F_TX_UDP_CKSUM);
         // 7 bits of l2_len, 9 of l3_len, 8 of l4_len: the order on little-endian machines, which are all that DPDK runs on here.
         field!(self.raw, SHIM_MBUF_TX_OFFLOAD as u64 = u64::from(l2_len) | u64::from(l3_len) << 7 | 8 << 16);
         true

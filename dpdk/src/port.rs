@@ -83,6 +83,21 @@ pub enum PortError {
         /// What a frame can have.
         frame_bytes: u32,
     },
+    /// A shared-memory port cannot be trusted with frames larger than its buffers.
+    #[error(
+        "port {port:?}: an MTU of {mtu} makes frames of {frame_bytes} bytes, its shared buffers take {bsize}: add bsize={frame_bytes} (or \
+         more) to the arguments of the side with role=client"
+    )]
+    MemifBuffersTooSmall {
+        /// The port.
+        port: String,
+        /// MTU asked for.
+        mtu: u16,
+        /// What a shared buffer takes.
+        bsize: u32,
+        /// What a frame can have.
+        frame_bytes: u32,
+    },
     /// The driver refused.
     #[error("port {port:?}: {step} failed: {reason}")]
     Failed {
@@ -132,6 +147,8 @@ pub(crate) struct PortInner {
     capabilities: Capabilities,
     rx_queues: u16,
     rss: Option<Rss>,
+    /// The device's configuration points to it.
+    rss_key: Option<Vec<u8>>,
     started: bool,
     /// Where received packets go. They are dropped after the device, whose queues hold mbufs of theirs.
     _pools: Vec<Pool>,
@@ -172,7 +189,7 @@ impl Port {
         // SAFETY: the driver's name is a constant string.
         let driver = unsafe { CStr::from_ptr(info.driver_name) }.to_string_lossy().into_owned();
         let smallest = pools.iter().map(Pool::data_room_bytes).min().unwrap_or(u16::MAX);
-        let plan = port_config::plan(name, &driver, config, &info, smallest)?;
+        let plan = port_config::plan(name, &driver, &device_arguments(info.device), config, &info, smallest)?;
         let key = configure(id, name, config, &info, &plan)?;
         let rings = claim.take_rings(&port_name(id));
         let mut inner = PortInner {
@@ -184,6 +201,7 @@ impl Port {
             capabilities: plan.capabilities,
             rx_queues: config.rx_queues,
             rss: None,
+            rss_key: key,
             started: false,
             _pools: pools.to_vec(),
             _rings: rings,
@@ -192,7 +210,7 @@ impl Port {
         claim.keep();
         set_up_queues(&inner, config, &info, &plan, pools)?;
         inner.start(config.promiscuous)?;
-        inner.rss = plan.capabilities.rss.then(|| read_rss(id, &info, key)).flatten();
+        inner.rss = if plan.capabilities.rss { read_rss(id, &info, inner.rss_key.clone()) } else { None };
         let inner = Arc::new(inner);
         let rx = (0..config.rx_queues).map(|queue| RxQueue::new(&inner, queue)).collect();
         let tx = (0..config.tx_queues).map(|queue| TxQueue::new(&inner, queue)).collect();
@@ -262,7 +280,7 @@ impl Port {
         u32::try_from(unsafe { dpdk_sys::rte_eth_dev_socket_id(self.inner.id) }).ok()
     }
 
-    /// The device's counters; zeros if it has none.
+    /// The device's counters; zeros if it has none. (`net_memif` forgets its own when the peer leaves.)
     #[must_use]
     pub fn stats(&self) -> PortStats {
         let mut stats = rte_eth_stats::default();
@@ -456,6 +474,17 @@ fn info(id: u16, name: &str) -> Result<rte_eth_dev_info, PortError> {
     Ok(info)
 }
 
+/// What follows the name in the device's arguments.
+fn device_arguments(device: *mut dpdk_sys::rte_device) -> String {
+    // SAFETY: the device of an existing port.
+    let arguments = unsafe { dpdk_sys::shim_device_arguments(device) };
+    if arguments.is_null() {
+        return String::new();
+    }
+    // SAFETY: a C string that lives as long as the device.
+    unsafe { CStr::from_ptr(arguments) }.to_string_lossy().into_owned()
+}
+
 /// Configures the device. Returns the RSS key that it was given; one that refuses it keeps its own.
 fn configure(
     id: u16,
@@ -532,9 +561,11 @@ fn set_up_queues(
 /// Reads back key and indirection table. A device that does not tell its key has the one that it was given.
 fn read_rss(id: u16, info: &rte_eth_dev_info, given: Option<Vec<u8>>) -> Option<Rss> {
     let mut key = vec![0_u8; usize::from(info.hash_key_size)];
-    let mut conf = dpdk_sys::rte_eth_rss_conf::default();
-    conf.rss_key = key.as_mut_ptr();
-    conf.rss_key_len = info.hash_key_size;
+    let mut conf = dpdk_sys::rte_eth_rss_conf {
+        rss_key: key.as_mut_ptr(),
+        rss_key_len: info.hash_key_size,
+        ..Default::default()
+    };
     // SAFETY: the port is started; at most `rss_key_len` bytes are written.
     let told = unsafe { dpdk_sys::rte_eth_dev_rss_hash_conf_get(id, &raw mut conf) } == 0
         && key.iter().any(|&byte| byte != 0);

@@ -60,14 +60,16 @@ const ETHERNET_BYTES: u32 = 18;
 /// The driver of shared-memory ports states a largest packet of 1518 bytes and enforces nothing.
 const MEMIF: &str = "net_memif";
 
-const RX_IP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_IPV4_CKSUM as u64;
-const RX_UDP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_UDP_CKSUM as u64;
-const RX_SCATTER: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_SCATTER as u64;
-const TX_IP: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_IPV4_CKSUM as u64;
-const TX_UDP: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_UDP_CKSUM as u64;
-const TX_MULTI: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_MULTI_SEGS as u64;
-const RSS_UDP: u64 =
-    dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV4_UDP as u64 | dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV6_UDP as u64;
+/// Bytes of a shared-memory port's buffers unless its arguments say otherwise.
+const MEMIF_DEFAULT_BSIZE: u32 = 2048;
+
+const RX_IP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_IPV4_CKSUM;
+const RX_UDP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_UDP_CKSUM;
+const RX_SCATTER: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_SCATTER;
+const TX_IP: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_IPV4_CKSUM;
+const TX_UDP: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_UDP_CKSUM;
+const TX_MULTI: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_MULTI_SEGS;
+const RSS_UDP: u64 = dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV4_UDP | dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV6_UDP;
 
 /// The device's settings for a configuration, before its queues are set up.
 pub(crate) struct Plan {
@@ -81,6 +83,7 @@ pub(crate) struct Plan {
 pub(crate) fn plan(
     name: &str,
     driver: &str,
+    arguments: &str,
     config: &PortConfig,
     info: &rte_eth_dev_info,
     smallest_data_room: u16,
@@ -93,7 +96,7 @@ pub(crate) fn plan(
             return Err(PortError::TooManyQueues { port: name.to_owned(), what, asked, most });
         }
     }
-    let device_mtu = mtu(name, driver, config.mtu, info)?;
+    let device_mtu = mtu(name, driver, arguments, config.mtu, info)?;
     let frame_bytes = u32::from(device_mtu) + ETHERNET_BYTES;
     let buffer_bytes = u32::from(smallest_data_room.saturating_sub(crate::HEADROOM_BYTES));
     let can = |capabilities: u64, flag: u64| capabilities & flag == flag;
@@ -129,7 +132,13 @@ pub(crate) fn plan(
 }
 
 /// The MTU that the device is given: the one wanted, which must be in its limits.
-fn mtu(name: &str, driver: &str, wanted: u16, info: &rte_eth_dev_info) -> Result<u16, PortError> {
+fn mtu(
+    name: &str,
+    driver: &str,
+    arguments: &str,
+    wanted: u16,
+    info: &rte_eth_dev_info,
+) -> Result<u16, PortError> {
     let by_frame = u16::try_from(info.max_rx_pktlen.saturating_sub(ETHERNET_BYTES)).unwrap_or(u16::MAX);
     let most = match (info.max_mtu, info.max_rx_pktlen) {
         (most, 0) => most,
@@ -137,10 +146,119 @@ fn mtu(name: &str, driver: &str, wanted: u16, info: &rte_eth_dev_info) -> Result
         (most, _) => most,
     };
     if driver == MEMIF {
+        check_memif_buffers(name, arguments, wanted)?;
         return Ok(wanted.min(most));
     }
     if wanted > most || wanted < info.min_mtu {
         return Err(PortError::BadMtu { port: name.to_owned(), asked: wanted, least: info.min_mtu, most });
     }
     Ok(wanted)
+}
+
+/// The driver of shared-memory ports spreads a frame that is larger than its buffers over several of them, and loses and garbles such
+/// frames (seen with 22.11 at an MTU of 9000). The client's argument `bsize` is the size for both sides, so the server cannot tell.
+fn check_memif_buffers(name: &str, arguments: &str, mtu: u16) -> Result<(), PortError> {
+    let value = |key: &str| {
+        arguments
+            .split(',')
+            .filter_map(|pair| pair.split_once('='))
+            .find(|pair| pair.0 == key)
+            .map(|pair| pair.1)
+    };
+    let is_client = matches!(value("role"), Some("client" | "slave"));
+    let bsize = value("bsize").and_then(|bsize| bsize.parse().ok()).unwrap_or(MEMIF_DEFAULT_BSIZE);
+    let frame_bytes = u32::from(mtu) + ETHERNET_BYTES;
+    if is_client && frame_bytes > bsize {
+        return Err(PortError::MemifBuffersTooSmall { port: name.to_owned(), mtu, bsize, frame_bytes });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device() -> rte_eth_dev_info {
+        rte_eth_dev_info {
+            min_mtu: 68,
+            max_mtu: 9000,
+            max_rx_pktlen: 9018,
+            max_rx_queues: 4,
+            max_tx_queues: 4,
+            rx_offload_capa: RX_UDP | RX_SCATTER,
+            tx_offload_capa: TX_MULTI,
+            flow_type_rss_offloads: dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV4_UDP
+                | dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV4_TCP,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_the_device_has_is_used_and_nothing_else() {
+        let config = PortConfig { rx_queues: 2, ..PortConfig::default() };
+        let plan = plan("p", "net_x", "", &config, &device(), 2176).expect("in the limits");
+        assert_eq!(plan.conf.rxmode.offloads, RX_UDP);
+        assert_eq!(plan.conf.txmode.offloads, TX_MULTI);
+        assert_eq!(plan.conf.rx_adv_conf.rss_conf.rss_hf, dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV4_UDP);
+        let has = plan.capabilities;
+        assert!(has.rx_udp_checksum && has.rx_multi_segment && has.tx_multi_segment && has.rss);
+        assert!(!has.rx_ip_checksum && !has.tx_ip_checksum && !has.tx_udp_checksum);
+    }
+
+    #[test]
+    fn large_packets_are_scattered_or_refused() {
+        let config = PortConfig { mtu: 9000, ..PortConfig::default() };
+        let scattered = plan("p", "net_x", "", &config, &device(), 2176).expect("in the limits");
+        assert_eq!(scattered.conf.rxmode.offloads, RX_UDP | RX_SCATTER);
+        let one_buffer =
+            plan("p", "net_x", "", &config, &device(), 9018 + crate::HEADROOM_BYTES).expect("in the limits");
+        assert_eq!(one_buffer.conf.rxmode.offloads, RX_UDP);
+        let cannot = rte_eth_dev_info { rx_offload_capa: 0, ..device() };
+        assert!(matches!(
+            plan("p", "net_x", "", &config, &cannot, 2176),
+            Err(PortError::BuffersTooSmall { .. })
+        ));
+    }
+
+    #[test]
+    fn limits_are_kept() {
+        let try_with = |config: PortConfig, info| {
+            plan("p", "net_x", "", &config, &info, 9999).map(|plan| plan.conf.rxmode.mtu)
+        };
+        let mtu = |mtu| PortConfig { mtu, ..PortConfig::default() };
+        assert!(matches!(try_with(mtu(9001), device()), Err(PortError::BadMtu { most: 9000, .. })));
+        assert!(matches!(try_with(mtu(67), device()), Err(PortError::BadMtu { least: 68, .. })));
+        assert_eq!(try_with(mtu(9000), device()).expect("in the limits"), 9000);
+        let by_frame = rte_eth_dev_info { max_mtu: u16::MAX, max_rx_pktlen: 1518, ..device() };
+        assert!(matches!(try_with(mtu(1501), by_frame), Err(PortError::BadMtu { most: 1500, .. })));
+        let queues = PortConfig { tx_queues: 5, ..PortConfig::default() };
+        assert!(matches!(
+            try_with(queues, device()),
+            Err(PortError::TooManyQueues { what: "transmit", asked: 5, most: 4, .. })
+        ));
+    }
+
+    #[test]
+    fn memif_takes_what_its_buffers_take() {
+        let info = rte_eth_dev_info {
+            max_mtu: u16::MAX,
+            max_rx_pktlen: 1518,
+            max_rx_queues: 1,
+            max_tx_queues: 1,
+            ..device()
+        };
+        let try_with = |arguments, mtu| {
+            plan("p", MEMIF, arguments, &PortConfig { mtu, ..PortConfig::default() }, &info, 2176)
+        };
+        let fits = try_with("role=client,bsize=9216", 9000).expect("in the limits");
+        assert_eq!(
+            (fits.conf.rxmode.mtu, fits.mtu),
+            (1500, 9000),
+            "configured as the driver wants it, used as we want it"
+        );
+        assert!(try_with("role=client", 2030).is_ok());
+        let small = try_with("socket=/s,role=client", 2031).err().expect("too large").to_string();
+        assert!(small.contains("bsize=2049"), "{small}");
+        assert!(try_with("role=server", 9000).is_ok(), "the client's buffers count");
+    }
 }

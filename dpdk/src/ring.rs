@@ -348,8 +348,9 @@ impl RawRing {
 impl Drop for RawRing {
     fn drop(&mut self) {
         let mut item = NonNull::dangling();
-        // SAFETY: the last handle: room for one, each item is taken once and has the type that `drop_item` was made for.
+        // SAFETY: this was the last handle; there is room for one.
         while unsafe { self.take(&raw mut item, 1) } == 1 {
+            // SAFETY: each item is taken once, and has the type that `drop_item` was made for.
             unsafe { (self.drop_item)(item) };
         }
         // SAFETY: no handle is left.
