@@ -3,29 +3,6 @@
 //! A [`Client`] is one session with the data plane on this machine. It holds no DPDK and copies no KV: planes
 //! are written by the data plane into a [`Region`], memory that both processes map. `docs/CLIENT.md` tells how
 //! a serving process uses all this.
-//!
-//! ```no_run
-//! use std::time::Duration;
-//! use client::{Client, ClientConfig, FetchRequest, Namespace, Outcome};
-//!
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let namespace = Namespace { model: "llama-8b".into(), codec: "int4".into(), ..Default::default() };
-//! let client = Client::connect("/run/shadowserve.sock", &ClientConfig::new(namespace))?;
-//!
-//! let tokens: Vec<i32> = (0..1000).collect();
-//! let prefix = client.lookup(&tokens, Duration::from_millis(50))?;
-//! if let Some(bytes) = prefix.sequence_bytes() {
-//!     let region = client.register(bytes)?;
-//!     let mut fetch = client.fetch(&FetchRequest::sequence(&prefix, &region)?)?;
-//!     let report = fetch.wait(Duration::from_secs(2))?;
-//!     if report.outcome == Outcome::Done {
-//!         let mut first_head = vec![0; 256];
-//!         region.copy_out(0, &mut first_head)?;
-//!     }
-//! }
-//! # Ok(())
-//! # }
-//! ```
 #![forbid(unsafe_code)]
 
 mod client;
@@ -47,3 +24,8 @@ pub use lost::Lost;
 pub use prefix::{Prefix, PrefixChunk};
 pub use protocol::key::{Key, Namespace};
 pub use region::{Region, RegisterError};
+
+/// Compiles the example of the guide.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/CLIENT.md")]
+struct Guide;

@@ -14,11 +14,17 @@ use crate::shared::Shared;
 #[derive(Clone, Debug)]
 pub struct Region(pub(crate) Arc<Memory>);
 
-#[derive(Debug)]
 pub(crate) struct Memory {
     pub(crate) id: u32,
     pub(crate) arena: Arena,
     pub(crate) shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let bytes = self.arena.bytes();
+        f.debug_struct("Memory").field("id", &self.id).field("bytes", &bytes).finish_non_exhaustive()
+    }
 }
 
 impl Drop for Memory {

@@ -15,7 +15,6 @@ use crate::fetch::Progress;
 use crate::lost::Lost;
 use crate::region::Memory;
 
-#[derive(Debug)]
 pub(crate) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
@@ -24,6 +23,12 @@ pub(crate) struct Shared {
     retired: Mutex<Vec<u32>>,
     pub(crate) config: ClientConfig,
     pid: u32,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("config", &self.config).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]

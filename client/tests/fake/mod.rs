@@ -1,0 +1,312 @@
+//! A data plane that keeps its chunks in its head: the real control side, and a formula for the bytes.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use client::{Client, ClientConfig, Codec, Dtype, Layout, Missing, MissingReason, Namespace, Outcome, Shape};
+use control::{
+    ChunkPlace, Command, Completion, Limits, Listener, Sent, ServerSession, SocketEvent, StoredChunk, now_ns,
+};
+use hugepages::Arena;
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+pub(crate) const SHAPE: Shape = Shape { layers: 3, kv_heads: 2, head_dim: 4, dtype: Dtype::Bf16 };
+pub(crate) const WAIT: Duration = Duration::from_secs(10);
+
+/// How the data plane behaves; changed by the tests while it runs.
+#[derive(Default)]
+pub(crate) struct Manners {
+    /// Chunks that are stored, and how many tokens each holds.
+    pub(crate) stored: Mutex<HashMap<[u8; 32], u16>>,
+    /// Fetches are taken and not ended.
+    pub(crate) hold: AtomicBool,
+    /// Cancels are not heeded.
+    pub(crate) deaf: AtomicBool,
+    /// The heartbeat stands still.
+    pub(crate) heartless: AtomicBool,
+    /// The whole process stands still.
+    pub(crate) stopped: AtomicBool,
+    /// Only this many commands are taken from the ring per millisecond; 0 for no limit.
+    pub(crate) per_ms: AtomicUsize,
+    /// Sent instead of any answer to statistics.
+    pub(crate) nonsense: Mutex<Vec<Completion>>,
+    /// Fetches that were cancelled because their client was gone.
+    pub(crate) orphans: AtomicUsize,
+    /// Regions that exist now.
+    pub(crate) regions: AtomicUsize,
+}
+
+pub(crate) struct FakeDataPlane {
+    pub(crate) manners: Arc<Manners>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    directory: tempfile::TempDir,
+}
+
+impl FakeDataPlane {
+    pub(crate) fn start() -> Self {
+        Self::with_limits(Limits::default())
+    }
+
+    pub(crate) fn with_limits(limits: Limits) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (manners, stop) = (Arc::new(Manners::default()), Arc::new(AtomicBool::new(false)));
+        let listener =
+            Listener::bind(directory.path().join("dp.sock"), 0o660, None).unwrap().with_limits(limits);
+        let (theirs, stopping) = (Arc::clone(&manners), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || serve(&listener, &theirs, &stopping));
+        Self { manners, stop, thread: Some(thread), directory }
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.directory.path().join("dp.sock")
+    }
+
+    pub(crate) fn connect(&self) -> Client {
+        Client::connect(self.path(), &config()).unwrap()
+    }
+
+    /// Stores the chunks of a sequence, as a client in [`config`]'s namespace names them.
+    pub(crate) fn store(&self, tokens: &[i32]) {
+        let keys = protocol::key::chain(&config().namespace, tokens);
+        let mut stored = self.manners.stored.lock().unwrap();
+        for (key, tokens) in keys.iter().zip(tokens.chunks(256)) {
+            stored.insert(key.0, u16::try_from(tokens.len()).unwrap());
+        }
+    }
+
+    /// Ends the data plane as a kill would: sockets close, nothing is said.
+    pub(crate) fn kill(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for FakeDataPlane {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub(crate) fn config() -> ClientConfig {
+    let namespace = Namespace { model: "fake".into(), codec: "int4".into(), ..Namespace::default() };
+    // Machines that run tests are busy: only the tests of the heartbeat are strict about it.
+    ClientConfig { heartbeat_limit: WAIT, ..ClientConfig::new(namespace) }
+}
+
+pub(crate) fn tokens(count: i32) -> Vec<i32> {
+    (0..count).collect()
+}
+
+/// Waits until something holds.
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let limit = Instant::now() + WAIT;
+    while !holds() {
+        assert!(Instant::now() < limit, "not within {WAIT:?}: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The byte at one place of one chunk.
+pub(crate) fn byte(key: &[u8; 32], plane: u32, token: u64, head: u64, at: u64) -> u8 {
+    let mixed = u64::from(key[0]) * 31 + u64::from(plane) * 17 + token * 7 + head * 5 + at;
+    mixed.to_le_bytes()[0]
+}
+
+struct Session {
+    session: ServerSession,
+    regions: HashMap<u32, Arc<Arena>>,
+    held: Vec<u64>,
+    unsent: Vec<Completion>,
+}
+
+fn serve(listener: &Listener, manners: &Manners, stop: &AtomicBool) {
+    let mut sessions: Vec<Session> = Vec::new();
+    while !stop.load(Ordering::SeqCst) {
+        if manners.stopped.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+            continue;
+        }
+        while let Some(session) = listener.accept().unwrap() {
+            sessions.push(Session { session, regions: HashMap::new(), held: vec![], unsent: vec![] });
+        }
+        sessions.retain_mut(|session| session.pass(manners));
+        let regions = sessions.iter().map(|session| session.regions.len()).sum();
+        manners.regions.store(regions, Ordering::SeqCst);
+        if sessions.iter_mut().all(|session| session.session.set_sleeping(true)) {
+            let mut fds = vec![PollFd::from_borrowed_fd(listener.fd(), PollFlags::IN)];
+            for session in &sessions {
+                fds.push(PollFd::from_borrowed_fd(session.session.fd(), PollFlags::IN));
+                fds.push(PollFd::from_borrowed_fd(session.session.doorbell_fd(), PollFlags::IN));
+            }
+            // Short, so that the tests' switches work soon; the wake-ups do not depend on it.
+            let limit = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+            let _ = rustix::event::poll(&mut fds, Some(&limit));
+        }
+    }
+}
+
+impl Session {
+    /// One look at a session; whether it goes on.
+    fn pass(&mut self, manners: &Manners) -> bool {
+        self.session.set_sleeping(false);
+        let events = self.session.handle_socket().expect("the client is sound");
+        for event in events {
+            match event {
+                SocketEvent::Attached { .. } => {}
+                SocketEvent::RegionRegistered { id, arena } => drop(self.regions.insert(id, arena)),
+                SocketEvent::Closed { .. } => {
+                    manners.orphans.fetch_add(self.held.len(), Ordering::SeqCst);
+                    return false;
+                }
+            }
+        }
+        if !manners.heartless.load(Ordering::SeqCst) {
+            self.session.beat(now_ns());
+        }
+        let limit = manners.per_ms.load(Ordering::SeqCst);
+        for taken in 0.. {
+            if limit > 0 && taken == limit {
+                std::thread::sleep(Duration::from_millis(1));
+                break;
+            }
+            let Some(command) = self.session.next_command().expect("the client is sound") else { break };
+            self.handle(command, manners);
+        }
+        while let Some(completion) = self.unsent.first() {
+            match self.session.complete(completion).unwrap() {
+                Sent::Sent => drop(self.unsent.remove(0)),
+                Sent::Full => break,
+            }
+        }
+        true
+    }
+
+    fn handle(&mut self, command: Command, manners: &Manners) {
+        match command {
+            Command::Lookup { id, keys, .. } => self.unsent.push(look_up(id, &keys, manners)),
+            Command::Fetch { id, .. } if manners.hold.load(Ordering::SeqCst) => self.held.push(id),
+            Command::Fetch { id, region, layout, shape, chunks, progress, .. } => {
+                let region = Arc::clone(&self.regions[&region]);
+                self.fetch(id, &region, &layout, &shape, &chunks, progress, manners);
+            }
+            Command::Cancel { id } => {
+                let Some(at) = self.held.iter().position(|&held| held == id) else { return };
+                if !manners.deaf.load(Ordering::SeqCst) {
+                    self.held.remove(at);
+                    self.unsent.push(ended(id, Outcome::Cancelled, 0, 0, vec![]));
+                }
+            }
+            Command::Unregister { id, region } => {
+                self.regions.remove(&region);
+                self.unsent.push(Completion::Unregistered { id });
+            }
+            Command::Stats { id } => {
+                let nonsense = std::mem::take(&mut *manners.nonsense.lock().unwrap());
+                if nonsense.is_empty() {
+                    self.unsent.push(Completion::Stats { id, json: "{\"planes\":1}".to_owned() });
+                }
+                self.unsent.extend(nonsense);
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the fields of a command, once, in a test")]
+    fn fetch(
+        &mut self,
+        id: u64,
+        region: &Arena,
+        layout: &Layout,
+        shape: &Shape,
+        chunks: &[ChunkPlace],
+        progress: bool,
+        manners: &Manners,
+    ) {
+        let stored = manners.stored.lock().unwrap();
+        let (mut missing, mut planes, mut bytes) = (vec![], 0, 0);
+        for (index, place) in chunks.iter().enumerate() {
+            if stored.get(&place.key) != Some(&place.tokens) {
+                let chunk = u32::try_from(index).unwrap();
+                missing.push(Missing { chunk, reason: MissingReason::NotStored });
+                continue;
+            }
+            write_chunk(region, layout, shape, place);
+            planes += shape.planes();
+            bytes += shape.chunk_bytes(place.tokens);
+            if progress {
+                let (encoded_bytes, delivered_bytes) = (bytes / 4, bytes);
+                self.unsent.push(Completion::Progress { id, planes, encoded_bytes, delivered_bytes });
+            }
+        }
+        let outcome = if missing.is_empty() { Outcome::Done } else { Outcome::Failed };
+        self.unsent.push(ended(id, outcome, planes, bytes, missing));
+    }
+}
+
+fn look_up(id: u64, keys: &[[u8; 32]], manners: &Manners) -> Completion {
+    let stored = manners.stored.lock().unwrap();
+    let chunks: Vec<StoredChunk> = keys
+        .iter()
+        .map_while(|key| stored.get(key))
+        .map(|&tokens| StoredChunk { tokens, encoded_bytes: SHAPE.chunk_bytes(tokens) / 4 })
+        .collect();
+    let found = u32::try_from(chunks.len()).unwrap();
+    let (shape, codec) = if found > 0 { (Some(SHAPE), Some(Codec::Int4)) } else { (None, None) };
+    Completion::LookedUp { id, found, chunks, shape, codec }
+}
+
+fn ended(id: u64, outcome: Outcome, planes: u32, bytes: u64, missing: Vec<Missing>) -> Completion {
+    let message =
+        if outcome == Outcome::Done { String::new() } else { "not everything is stored".to_owned() };
+    Completion::Ended {
+        id,
+        outcome,
+        planes,
+        encoded_bytes: bytes / 4,
+        delivered_bytes: bytes,
+        missing,
+        message,
+    }
+}
+
+/// Every head of every token of every plane, one by one.
+pub(crate) fn heads(
+    layout: &Layout,
+    shape: &Shape,
+    place: &ChunkPlace,
+) -> impl Iterator<Item = (usize, Vec<u8>)> {
+    let (layout, shape, place) = (*layout, *shape, *place);
+    (0..shape.planes()).flat_map(move |plane| {
+        (0..u64::from(place.tokens)).flat_map(move |token| {
+            (0..u64::from(shape.kv_heads)).map(move |head| {
+                let at =
+                    place.offset + layout.plane_offset(plane) + token * layout.token + head * layout.head;
+                let bytes = (0..shape.head_bytes()).map(|i| byte(&place.key, plane, token, head, i));
+                (usize::try_from(at).unwrap(), bytes.collect())
+            })
+        })
+    })
+}
+
+fn write_chunk(region: &Arena, layout: &Layout, shape: &Shape, place: &ChunkPlace) {
+    for (at, bytes) in heads(layout, shape, place) {
+        region.copy_in(at, &bytes).unwrap();
+    }
+}
+
+/// A socket at which nothing is as it should be.
+pub(crate) fn listen_raw(path: &Path) -> std::os::fd::OwnedFd {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let socket = socket.unwrap();
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::listen(&socket, 8).unwrap();
+    socket
+}
