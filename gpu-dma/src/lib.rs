@@ -8,13 +8,14 @@
 //! - [`HostRing`] is the sink in memory shared with the serving process. The CUDA ring and CUDA pages are to follow the
 //!   same trait.
 
+pub mod cuda;
 mod host_ring;
 mod layout;
 mod placement;
 mod shape;
 mod sink;
 
-pub use host_ring::{HostRing, SUBMIT_BYTES, Window};
+pub use host_ring::{HostRing, SUBMIT_BYTES, deliver};
 pub use layout::{Dimension, HeadOrder, Layout, LayoutError};
 pub use placement::{Piece, Pieces, Placement};
 pub use shape::{ChunkShape, ELEMENT_BYTES};

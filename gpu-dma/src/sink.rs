@@ -1,7 +1,9 @@
 //! What every sink does.
 
+use std::sync::Arc;
+
 use arrayvec::ArrayVec;
-use hugepages::Slot;
+use hugepages::{Arena, Slot};
 
 use crate::placement::Placement;
 
@@ -23,8 +25,10 @@ pub struct Transfer<T> {
     /// Whatever the caller wants back with the completion.
     pub context: T,
     /// Holds the decoded plane in its first bytes.
-    pub slot: Slot,
-    /// Where the chunk's planes go.
+    pub slot: Box<Slot>,
+    /// The memory that it goes to.
+    pub region: Arc<Arena>,
+    /// Where the chunk's planes go there.
     pub placement: Placement,
     /// Which plane of the chunk this is: `layer * 2`, plus 1 for V.
     pub plane: u32,
@@ -36,7 +40,7 @@ pub struct Finished<T> {
     /// From the transfer.
     pub context: T,
     /// From the transfer: free to be used again.
-    pub slot: Slot,
+    pub slot: Box<Slot>,
     /// Whether the plane is where it should be, for every reader that learns of it through an acquire operation.
     pub result: Result<(), SinkFault>,
 }
@@ -60,10 +64,10 @@ pub enum SinkFault {
         /// Bytes in the plane.
         plane_bytes: u64,
     },
-    /// The place was checked against another, larger region than this sink's. Nothing was written outside of the region.
-    #[error("the plane's place does not lie within the sink's {region_bytes} bytes")]
+    /// The place was checked against another, larger region. Nothing was written outside of the region.
+    #[error("the plane's place does not lie within the region's {region_bytes} bytes")]
     OutOfRange {
-        /// Bytes in the sink's region.
+        /// Bytes in the region.
         region_bytes: usize,
     },
 }

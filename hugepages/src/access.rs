@@ -59,7 +59,7 @@ fn opaque_memset() -> FillFn {
 impl Arena {
     /// The first byte of `offset..offset + bytes`, if all of it lies within the arena.
     #[inline]
-    fn range(&self, offset: usize, bytes: usize) -> Result<NonNull<u8>, OutOfBounds> {
+    pub(crate) fn range(&self, offset: usize, bytes: usize) -> Result<NonNull<u8>, OutOfBounds> {
         match offset.checked_add(bytes) {
             // SAFETY: `offset <= end <= self.bytes()`, so the result points into the mapping or one past its end.
             Some(end) if end <= self.bytes() => Ok(unsafe { self.first_byte().add(offset) }),

@@ -15,6 +15,7 @@ mod numa;
 mod page;
 mod slots;
 mod status;
+mod stream;
 
 pub use access::OutOfBounds;
 pub use arena::{Arena, ArenaConfig, ArenaError};

@@ -177,6 +177,30 @@ fn a_release_store_publishes_what_was_copied_before_it() {
     });
 }
 
+#[test]
+fn streaming_writes_exactly_its_range() {
+    let arena = arena(1 << 16, PageChoice::Base);
+    for offset in [0, 1, 63, 64, 65, 1000] {
+        for bytes in [0, 1, 8191, 8192, 8193, 8255, 10_007] {
+            arena.copy_in(0, &[0xee; 1 << 14]).unwrap();
+            let written: Vec<u8> = (0..bytes).map(|i: usize| (i % 251).to_le_bytes()[0]).collect();
+            arena.copy_in_streaming(offset, &written).unwrap();
+            let mut read = vec![0; 1 << 14];
+            arena.copy_out(0, &mut read).unwrap();
+            assert_eq!(&read[offset..offset + bytes], &written, "{offset} {bytes}");
+            read[offset..offset + bytes].fill(0xee);
+            assert!(read.iter().all(|&byte| byte == 0xee), "{offset} {bytes}");
+        }
+    }
+    let end = arena.bytes();
+    for offset in [end - 8192 + 1, end, usize::MAX, usize::MAX - 8191] {
+        assert!(arena.copy_in_streaming(offset, &[1; 8192]).is_err());
+    }
+    let mut read = vec![1; 8191];
+    arena.copy_out(end - 8191, &mut read).unwrap();
+    assert!(read.iter().all(|&byte| byte == 0));
+}
+
 #[derive(Clone, Debug)]
 enum Access {
     In(usize, Vec<u8>),
