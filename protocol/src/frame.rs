@@ -93,25 +93,20 @@ pub fn parse(frame: &[u8], local: &Local, hardware: HardwareChecks) -> Result<In
     if header.destination != local.mac {
         return Err(DropReason::ForeignMac);
     }
-    let (source, ip_bytes, total_bytes, pseudo) = match header.ethertype {
+    let (source, ip_bytes, total_bytes, addresses) = match header.ethertype {
         EtherType::Ipv4 => {
             let ip = ipv4::Ipv4::new_checked(packet, hardware.ip_good)?;
             if IpAddr::V4(ip.destination) != local.ip {
                 return Err(DropReason::ForeignIp);
             }
-            let udp_bytes = udp_length(ip.total_bytes - ipv4::HEADER_BYTES)?;
-            // Source and destination lie side by side, both a multiple of 4 bytes into the header.
-            let pseudo = pseudo_header(&packet[12..16], &packet[16..20], udp::PROTOCOL, udp_bytes);
-            (IpAddr::V4(ip.source), ipv4::HEADER_BYTES, ip.total_bytes, pseudo)
+            (IpAddr::V4(ip.source), ipv4::HEADER_BYTES, ip.total_bytes, &packet[12..20])
         }
         EtherType::Ipv6 => {
             let ip = ipv6::Ipv6::new_checked(packet)?;
             if IpAddr::V6(ip.destination) != local.ip {
                 return Err(DropReason::ForeignIp);
             }
-            let udp_bytes = udp_length(ip.total_bytes - ipv6::HEADER_BYTES)?;
-            let pseudo = pseudo_header(&packet[8..24], &packet[24..40], udp::PROTOCOL, udp_bytes);
-            (IpAddr::V6(ip.source), ipv6::HEADER_BYTES, ip.total_bytes, pseudo)
+            (IpAddr::V6(ip.source), ipv6::HEADER_BYTES, ip.total_bytes, &packet[8..40])
         }
         EtherType::Arp => return Err(DropReason::ForeignEthertype),
     };
@@ -119,7 +114,8 @@ pub fn parse(frame: &[u8], local: &Local, hardware: HardwareChecks) -> Result<In
     let check = if hardware.udp_good {
         udp::Check::Verified { zero_allowed }
     } else {
-        udp::Check::Required { pseudo, zero_allowed }
+        let udp_bytes = u16::try_from(total_bytes - ip_bytes).map_err(|_| DropReason::BadIpLength)?;
+        udp::Check::Required { pseudo: pseudo_header(addresses, udp::PROTOCOL, udp_bytes), zero_allowed }
     };
     let ports = udp::Udp::new_checked(&packet[ip_bytes..total_bytes], check)?;
     if !local.owns_port(ports.destination) {
@@ -131,10 +127,6 @@ pub fn parse(frame: &[u8], local: &Local, hardware: HardwareChecks) -> Result<In
         to_port: ports.destination,
         payload: first..header.header_bytes + total_bytes,
     })
-}
-
-fn udp_length(bytes: usize) -> Result<u16, DropReason> {
-    u16::try_from(bytes).map_err(|_| DropReason::BadIpLength)
 }
 
 fn parse_arp(header: &Ethernet, packet: &[u8], local: &Local) -> Result<Incoming, DropReason> {
@@ -220,7 +212,7 @@ pub fn emit_udp(
             let (header, rest) = rest.split_first_chunk_mut().ok_or(EmitError::ShortBuffer)?;
             ethernet::emit(link, to.mac, local.mac, EtherType::Ipv4);
             ipv4::emit(header, source, destination, total_bytes, checksum != TxChecksum::Hardware);
-            (pseudo_header(&header[12..16], &header[16..20], udp::PROTOCOL, udp_bytes), rest)
+            (pseudo_header(&header[12..20], udp::PROTOCOL, udp_bytes), rest)
         }
         (IpAddr::V6(_), IpAddr::V6(_)) if checksum == TxChecksum::Absent => {
             return Err(EmitError::ChecksumNeeded);
@@ -229,7 +221,7 @@ pub fn emit_udp(
             let (header, rest) = rest.split_first_chunk_mut().ok_or(EmitError::ShortBuffer)?;
             ethernet::emit(link, to.mac, local.mac, EtherType::Ipv6);
             ipv6::emit(header, source, destination, udp_bytes);
-            (pseudo_header(&header[8..24], &header[24..40], udp::PROTOCOL, udp_bytes), rest)
+            (pseudo_header(&header[8..40], udp::PROTOCOL, udp_bytes), rest)
         }
         _ => return Err(EmitError::MixedIpVersions),
     };

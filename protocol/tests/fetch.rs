@@ -369,7 +369,7 @@ fn random_run(seed: u64) {
         loss: fault(0.3),
         duplication: fault(0.3),
         corruption: fault(0.05),
-        jitter_nanos: fault(300_000.0).round().abs() as u64,
+        jitter_nanos: random.below(2) * random.below(300_000),
     };
     world.false_corrupt = fault(0.1);
     world.rejected = fault(0.02);

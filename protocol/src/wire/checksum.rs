@@ -59,10 +59,11 @@ impl Sum {
     }
 }
 
-/// Sum of the IPv4 or IPv6 pseudo header (RFC 768, RFC 8200 section 8.1): addresses, protocol, UDP length.
+/// Sum of the IPv4 or IPv6 pseudo header (RFC 768, RFC 8200 section 8.1): `addresses`, which lie side by side in
+/// either header, protocol, UDP length.
 #[inline]
-pub fn pseudo_header(source: &[u8], destination: &[u8], protocol: u8, udp_bytes: u16) -> Sum {
-    Sum::default().with(source).with(destination).with_u16(u16::from(protocol)).with_u16(udp_bytes)
+pub fn pseudo_header(addresses: &[u8], protocol: u8, udp_bytes: u16) -> Sum {
+    Sum::default().with(addresses).with_u16(u16::from(protocol)).with_u16(udp_bytes)
 }
 
 #[cfg(test)]
