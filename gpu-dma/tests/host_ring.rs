@@ -14,6 +14,7 @@ fn arena(bytes: usize) -> Arena {
         .unwrap()
 }
 
+#[expect(clippy::vec_box, reason = "a transfer carries its slot in a box")]
 fn slots(count: usize, bytes: usize) -> Vec<Box<Slot>> {
     Slots::new(arena(count * bytes), bytes).unwrap().take().into_iter().map(Box::new).collect()
 }
