@@ -363,14 +363,11 @@ fn random_run(seed: u64) {
     let mut world = World::new(seed, &config, serve);
     world.latency_nanos = random.between(1_000, 100_000);
     world.decode_nanos = random.between(0, 300_000);
+    let jitter_nanos = [0, random.below(300_000)][usize::from(random.chance(0.5))];
     let mut fault =
         |most: f64| if random.chance(0.5) { 0.0 } else { random.below(1000) as f64 / 1000.0 * most };
-    world.faults = Faults {
-        loss: fault(0.3),
-        duplication: fault(0.3),
-        corruption: fault(0.05),
-        jitter_nanos: random.below(2) * random.below(300_000),
-    };
+    world.faults =
+        Faults { loss: fault(0.3), duplication: fault(0.3), corruption: fault(0.05), jitter_nanos };
     world.false_corrupt = fault(0.1);
     world.rejected = fault(0.02);
     let shape = ChunkShape { layers: random.between(1, 5) as u16, ..SHAPE };
