@@ -70,11 +70,10 @@ fn compile_shim(dpdk: &Dpdk) {
         shim.flag(flag);
     }
     let linked_in = |name| feature(name) && !feature("shared");
-    shim.file(if linked_in("isal") && dpdk.libdir.join("librte_compress_isal.a").exists() {
-        "shim/isal.c"
-    } else {
-        "shim/no_isal.c"
-    });
+    shim.file("shim/isal.c");
+    if linked_in("isal") && dpdk.libdir.join("librte_compress_isal.a").exists() {
+        shim.define("SHIM_ISAL_CALLS", None);
+    }
     if linked_in("pcap") {
         shim.file("shim/pcap.c");
     }

@@ -1,11 +1,13 @@
 /* Debian ships ISA-L as a shared library only. Naming it as a dependency would stop the binary from starting on a machine
  * without it, so the seven functions that DPDK's compress_isal driver calls look it up when first called. Without the library
- * they report failure, and shim_isal_available() says so beforehand. */
+ * they report failure, and shim_isal_available() says so beforehand. SHIM_ISAL_CALLS: that driver is linked in. */
 #include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
 
 int shim_isal_available(void);
+
+#ifdef SHIM_ISAL_CALLS
 void isal_deflate_init(void *stream);
 int isal_deflate_set_hufftables(void *stream, void *tables, int type);
 int isal_deflate(void *stream);
@@ -13,6 +15,7 @@ int isal_deflate_stateless(void *stream);
 void isal_inflate_init(void *state);
 int isal_inflate(void *state);
 int isal_inflate_stateless(void *state);
+#endif
 
 #define ISAL_INVALID_OPERATION (-9) /* isa-l/igzip_lib.h */
 #define ISAL_INVALID_BLOCK (-1)
@@ -32,6 +35,7 @@ static void *isal_symbol(const char *name)
 
 int shim_isal_available(void) { return isal_symbol("isal_deflate") != NULL; }
 
+#ifdef SHIM_ISAL_CALLS
 #define RESOLVE(type, name)                                                    \
 	static type found;                                                     \
 	type call = __atomic_load_n(&found, __ATOMIC_RELAXED);                 \
@@ -70,3 +74,4 @@ int isal_deflate_set_hufftables(void *stream, void *tables, int type)
 	RESOLVE(tables_call, "isal_deflate_set_hufftables")
 	return call != NULL ? call(stream, tables, type) : ISAL_INVALID_OPERATION;
 }
+#endif

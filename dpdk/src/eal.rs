@@ -202,18 +202,38 @@ fn explain(errno: c_int, log: String, arguments: &[CString], huge: bool) -> EalE
     let reason = crate::error_text(errno);
     let errno = Errno::from_raw_os_error(errno);
     let says = |text: &str| log.to_lowercase().contains(text);
+    if matches!(errno, Errno::ACCESS | Errno::PERM) || says("permission denied") || says("not permitted") {
+        return EalError::NotPermitted { reason, log };
+    }
     if huge
         && (says("no free hugepages")
-            || says("no available hugepages")
             || says("hugepage information")
+            || says("cannot init memory")
             || errno == Errno::NOMEM)
     {
         return EalError::NoHugepages { log };
     }
-    if matches!(errno, Errno::ACCESS | Errno::PERM) || says("permission denied") || says("not permitted") {
-        return EalError::NotPermitted { reason, log };
-    }
     let line = arguments.iter().map(|argument| argument.to_string_lossy()).collect::<Vec<_>>().join(" ");
     let log = if log.is_empty() { "nothing".to_owned() } else { log };
     EalError::Failed { reason, arguments: line, log }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_say_what_to_do() {
+        let explain = |errno: Errno, log: &str, huge| {
+            explain(errno.raw_os_error(), log.to_owned(), &[c"x".to_owned()], huge).to_string()
+        };
+        let none = explain(Errno::NOMEM, "EAL: No free hugepages reported in hugepages-2048kB", true);
+        assert!(none.contains("hugepages/setup.sh config") && none.contains("hugepages-2048kB"), "{none}");
+        let denied = explain(Errno::NOMEM, "open '/dev/hugepages/rtemap_0' failed: Permission denied", true);
+        assert!(denied.contains("run as root") && denied.contains("rtemap_0"), "{denied}");
+        let ordinary = explain(Errno::NOMEM, "", false);
+        assert!(ordinary.contains("Cannot allocate memory") && ordinary.contains("`x`"), "{ordinary}");
+        let wrong = explain(Errno::INVAL, "EAL: invalid parameter", true);
+        assert!(wrong.contains("Invalid argument") && wrong.contains("invalid parameter"), "{wrong}");
+    }
 }

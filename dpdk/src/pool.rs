@@ -226,7 +226,7 @@ fn explain(name: &str, config: &PoolConfig, errno: i32) -> PoolError {
     let name = name.to_owned();
     match Errno::from_raw_os_error(errno) {
         Errno::EXIST => PoolError::Exists(name),
-        Errno::NOMEM | Errno::NOSPC => {
+        Errno::NOMEM | Errno::NOSPC | Errno::NOBUFS => {
             let bytes = u64::from(config.mbufs) * (u64::from(config.data_room_bytes) + MBUF_OVERHEAD_BYTES);
             PoolError::NoMemory { name, mib: bytes.div_ceil(1 << 20) }
         }

@@ -382,7 +382,7 @@ pub(crate) fn create(name: &str, entries: u32, flags: u32) -> Result<NonNull<dpd
         let name = name.to_owned();
         match Errno::from_raw_os_error(errno) {
             Errno::EXIST => RingError::Exists(name),
-            Errno::NOMEM | Errno::NOSPC => RingError::NoMemory { name, entries },
+            Errno::NOMEM | Errno::NOSPC | Errno::NOBUFS => RingError::NoMemory { name, entries },
             _ => RingError::Failed { name, reason: crate::error_text(errno) },
         }
     })

@@ -1,0 +1,268 @@
+//! What takes several processes: shared-memory ports between two, starting without privileges, cleaning up after one that was killed.
+//!
+//! Without a harness: this program starts itself again in the roles below.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use dpdk::{Burst, Eal, EalConfig, Pool, PoolConfig, Port, PortConfig, RxQueue, TxQueue};
+
+/// Packets that the client sends; far more than the ring between the two holds.
+const PACKETS: usize = 200_000;
+
+/// Long enough for a busy machine; nothing waits for it to pass.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["role:memif-client", pages, socket] => memif_client(pages == "huge", socket),
+        ["role:memif-server", pages, socket] => memif_server(pages == "huge", socket),
+        ["role:start", pages, prefix] => start_and_wait(pages == "huge", prefix, &[]),
+        ["role:start-with-files", prefix] => start_and_wait(true, prefix, &["--file-prefix", prefix]),
+        _ => scenarios(),
+    }
+}
+
+fn scenarios() {
+    let hugepages = free_hugepages() >= 128;
+    // SAFETY: has no preconditions.
+    let root = rustix::process::geteuid().is_root();
+    let scenarios: [(&str, fn(), Option<&str>); 5] = [
+        ("memif between two processes without hugepages", || memif_pair(false), None),
+        ("without privileges and hugepages", unprivileged_start, (!root).then_some("this is a user already")),
+        (
+            "an unprivileged start with hugepages says what to do",
+            unprivileged_huge,
+            (!root).then_some("needs root to become a user"),
+        ),
+        (
+            "memif between two processes with hugepages",
+            || memif_pair(true),
+            (!hugepages).then_some("no free hugepages"),
+        ),
+        (
+            "files of a killed process are removed",
+            killed,
+            (!hugepages || mount().is_none()).then_some("needs free hugepages and a hugetlbfs mount"),
+        ),
+    ];
+    for (name, scenario, skip) in scenarios {
+        match skip {
+            Some(reason) => println!("skipped: {name}: {reason}"),
+            None => {
+                scenario();
+                println!("ok: {name}");
+            }
+        }
+    }
+}
+
+fn free_hugepages() -> u64 {
+    let text =
+        fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+/// This program again, in another role.
+fn myself(role: &[&str]) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("a program knows its path"));
+    command.args(role).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+}
+
+fn said(child: &mut Child) -> String {
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().expect("piped")).read_line(&mut line).expect("readable");
+    line.trim().to_owned()
+}
+
+fn ended_well(mut child: Child) {
+    drop(child.stdin.take());
+    assert!(child.wait().expect("a child").success());
+}
+
+fn memif(eal: &Eal, pool: &Pool) -> (Port, RxQueue, TxQueue) {
+    let (port, mut rx, mut tx) =
+        Port::open(eal, "net_memif0", &PortConfig::default(), std::slice::from_ref(pool)).expect("opens");
+    let start = Instant::now();
+    while !port.link_up() {
+        assert!(start.elapsed() < PATIENCE, "the peer did not come");
+        std::thread::yield_now();
+    }
+    (port, rx.remove(0), tx.remove(0))
+}
+
+fn config(huge: bool, prefix: &str) -> EalConfig {
+    EalConfig {
+        file_prefix: prefix.to_owned(),
+        huge,
+        memory_mib: Some(48),
+        extra: vec!["--no-pci".to_owned()],
+        ..EalConfig::default()
+    }
+}
+
+fn memif_eal(huge: bool, role: &str, socket: &str) -> Eal {
+    let vdev = format!("net_memif0,role={role},socket={socket},socket-abstract=no");
+    let config =
+        EalConfig { vdevs: vec![vdev], ..config(huge, &format!("memif-{role}-{}", std::process::id())) };
+    Eal::start(&config).unwrap_or_else(|error| panic!("{role}: {error}"))
+}
+
+fn memif_pool(eal: &Eal) -> Pool {
+    Pool::new(eal, "memif", PoolConfig { mbufs: 2047, ..PoolConfig::default() }).expect("a pool fits")
+}
+
+fn memif_pair(huge: bool) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let socket = folder.path().join("memif.sock");
+    let socket = socket.to_str().expect("text");
+    let pages = if huge { "huge" } else { "ordinary" };
+    let mut server = myself(&["role:memif-server", pages, socket]).spawn().expect("starts");
+    let client = myself(&["role:memif-client", pages, socket]).spawn().expect("starts");
+    assert_eq!(said(&mut server), "all received");
+    ended_well(client);
+    ended_well(server);
+}
+
+/// What packet `index` holds: its index, then bytes that follow from it, in different lengths.
+fn fill(bytes: &mut [u8], index: usize) {
+    bytes.fill(index.to_le_bytes()[0]);
+    bytes[..8].copy_from_slice(&index.to_le_bytes());
+}
+
+fn length(index: usize) -> usize {
+    8 + index % 1400
+}
+
+fn memif_server(huge: bool, socket: &str) {
+    let eal = memif_eal(huge, "server", socket);
+    let pool = memif_pool(&eal);
+    let (port, mut rx, tx) = memif(&eal, &pool);
+    let (mut burst, mut index, mut expected) = (Burst::new(), 0, [0; 1408]);
+    let start = Instant::now();
+    while index < PACKETS {
+        if rx.receive(&mut burst) == 0 {
+            assert!(start.elapsed() < PATIENCE, "packet {index} did not come");
+            std::thread::yield_now();
+        }
+        for mbuf in burst.drain() {
+            let expected = &mut expected[..length(index)];
+            fill(expected, index);
+            assert!(mbuf.data() == expected, "packet {index} is not what was sent");
+            index += 1;
+        }
+    }
+    assert_eq!(port.stats().rx_packets, PACKETS as u64);
+    drop((port, rx, tx));
+    assert_eq!(pool.in_use(), 0);
+    println!("all received");
+    std::io::stdin().read_to_end(&mut Vec::new()).expect("readable");
+}
+
+fn memif_client(huge: bool, socket: &str) {
+    let eal = memif_eal(huge, "client", socket);
+    let pool = memif_pool(&eal);
+    let (port, rx, mut tx) = memif(&eal, &pool);
+    let mut burst = Burst::new();
+    for index in 0..PACKETS {
+        let mut mbuf = loop {
+            match pool.alloc() {
+                Some(mbuf) => break mbuf,
+                None => std::thread::yield_now(),
+            }
+        };
+        fill(mbuf.append(length(index)).expect("room"), index);
+        burst.push(mbuf).expect("room");
+        while burst.is_full() || (index + 1 == PACKETS && !burst.is_empty()) {
+            if tx.send(&mut burst) == 0 {
+                std::thread::yield_now();
+            }
+        }
+    }
+    assert_eq!(pool.in_use(), 0);
+    // What is in the shared ring is lost when a side leaves.
+    std::io::stdin().read_to_end(&mut Vec::new()).expect("readable");
+    drop((port, rx, tx));
+}
+
+/// Starts an EAL, says how it went, and keeps it until standard input closes.
+fn start_and_wait(huge: bool, prefix: &str, extra: &[&str]) {
+    let mut config = config(huge, prefix);
+    config.extra.extend(extra.iter().map(|&argument| argument.to_owned()));
+    match Eal::start(&config) {
+        Ok(eal) => {
+            let pool = memif_pool(&eal);
+            println!("started with {} mbufs", pool.available());
+            std::io::stdin().read_to_end(&mut Vec::new()).expect("readable");
+        }
+        Err(error) => println!("{error}"),
+    }
+}
+
+/// The user and group `nobody`.
+const NOBODY: u32 = 65534;
+
+/// Starts a role as a user without rights. `None` if that user may not read this program.
+fn as_nobody(role: &[&str]) -> Option<Child> {
+    let started = myself(role).uid(NOBODY).gid(NOBODY).env_remove("XDG_RUNTIME_DIR").spawn();
+    if let Err(error) = &started {
+        println!("  (not tried: {error}: {:?} is not for everybody)", std::env::current_exe());
+    }
+    started.ok()
+}
+
+fn unprivileged_start() {
+    let Some(mut child) = as_nobody(&["role:start", "ordinary", "nobody"]) else { return };
+    assert_eq!(said(&mut child), "started with 2047 mbufs");
+    ended_well(child);
+}
+
+fn unprivileged_huge() {
+    let Some(mut child) = as_nobody(&["role:start", "huge", "nobody"]) else { return };
+    let line = said(&mut child);
+    // Anonymous hugepages need no privilege where the system has some free.
+    let fine = ["started with", "hugepages/setup.sh config", "run as root"];
+    assert!(fine.iter().any(|text| line.contains(text)), "{line}");
+    ended_well(child);
+}
+
+fn mount() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/mounts").ok()?;
+    let line =
+        mounts.lines().find(|line| line.split(' ').nth(2) == Some("hugetlbfs") && !line.contains("1024M"))?;
+    line.split(' ').nth(1).map(PathBuf::from)
+}
+
+fn files_of(prefix: &str) -> usize {
+    let entries = fs::read_dir(mount().expect("checked before")).expect("readable");
+    entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)).count()
+}
+
+fn killed() {
+    let prefix = format!("killed-{}", std::process::id());
+    let mut child = myself(&["role:start-with-files", &prefix]).spawn().expect("starts");
+    assert_eq!(said(&mut child), "started with 2047 mbufs");
+    let living = files_of(&prefix);
+    assert!(living > 0, "hugepages that are shared by name are files");
+    dpdk_start(&prefix);
+    assert_eq!(files_of(&prefix), living, "those of a living process are left alone");
+    child.kill().expect("killed");
+    child.wait().expect("ended");
+    assert_eq!(files_of(&prefix), living, "a killed process leaves its files");
+    dpdk_start(&prefix);
+    assert_eq!(files_of(&prefix), 0, "the next start removes them");
+}
+
+/// Starts and ends an EAL whose own hugepages are no files.
+fn dpdk_start(prefix: &str) {
+    let mut child = myself(&["role:start", "huge", prefix]).spawn().expect("starts");
+    assert_eq!(said(&mut child), "started with 2047 mbufs");
+    ended_well(child);
+}
