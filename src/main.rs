@@ -1,2 +1,67 @@
-//! The command line of ShadowServe.
-fn main() {}
+//! The command line of ShadowServe: one file per subcommand.
+
+mod config_file;
+mod dataplane;
+mod demo;
+mod doctor;
+mod fetch;
+mod flags;
+mod report;
+mod store;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Fetches the KV cache of LLM prompt prefixes from remote storage into the serving process, over DPDK.
+#[derive(Debug, Parser)]
+#[command(version = env!("SHADOWSERVE_VERSION"), args_override_self = true, max_term_width = 110)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Encode KV caches, keep them in hugepage memory and serve them
+    Store(store::Flags),
+    /// Fetch, decode and deliver KV for the serving processes of this host
+    Dataplane(dataplane::Flags),
+    /// Fetch the KV of a token sequence through a running data plane and write it to a file
+    Fetch(fetch::Flags),
+    /// Run a store and a data plane here, fetch a file's whole KV and check every plane
+    Demo(demo::Flags),
+    /// Say what this machine has, what it lacks, and what to do about it
+    Doctor(doctor::Flags),
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<ExitCode> {
+    let arguments = config_file::expand(std::env::args_os().collect())?;
+    let command_line = CommandLine::parse_from(arguments);
+    start_log();
+    match command_line.command {
+        Command::Store(flags) => store::run(&flags),
+        Command::Dataplane(flags) => dataplane::run(&flags),
+        Command::Fetch(flags) => fetch::run(&flags),
+        Command::Demo(flags) => demo::run(&flags),
+        Command::Doctor(flags) => doctor::run(&flags),
+    }
+}
+
+/// Log lines go to standard error; `SHADOWSERVE_LOG` says which, as in `debug` or `dataplane=debug`.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SHADOWSERVE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}

@@ -1,0 +1,50 @@
+# The commands of the README. `make demo` and `make test` are all that a newcomer needs.
+
+CARGO ?= cargo
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+PACKAGES := build-essential pkg-config libclang-dev libdpdk-dev dpdk
+# Memory that `make demo` reserves as hugepages when it may, in MiB.
+HUGEMEM_MIB ?= 1024
+# What `make demo` fetches and how: empty means the sample inside the binary.
+INPUT ?=
+CODEC ?= int4
+DEMO_FLAGS := --codec $(CODEC) $(if $(INPUT),--input $(INPUT))
+
+.PHONY: help setup hugepages build demo test lint bench soak clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install the Debian packages that are missing; Rust itself must be there
+	@command -v $(CARGO) >/dev/null || { echo "cargo is missing: install Rust 1.85 or newer from https://rustup.rs"; exit 1; }
+	@missing=$$(for package in $(PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || echo $$package; done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing" $$missing; \
+		$(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq $$missing >/dev/null; \
+	fi
+
+hugepages: ## reserve hugepages if this user may; without them everything still runs, slower
+	@if [ "$$(id -u)" = 0 ]; then \
+		HUGEMEM_MIB=$(HUGEMEM_MIB) hugepages/setup.sh config || echo "no hugepages: the demo runs without them, slower"; \
+	else echo "not root: no hugepages reserved (sudo hugepages/setup.sh config does it)"; fi
+
+build: setup ## the binary, target/release/shadowserve
+	$(CARGO) build --release
+
+demo: build hugepages ## fetch real KV from a store process through a data plane process and check every plane
+	target/release/shadowserve demo $(DEMO_FLAGS)
+
+test: build hugepages ## every test
+	$(CARGO) test --workspace --all-targets
+	$(CARGO) test --workspace --doc
+
+lint: setup ## rustfmt and clippy, warnings are errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+bench: build hugepages ## the measurements of perf/, as a table and as JSON
+	perf/bench.py
+
+clean: ## remove what cargo built
+	$(CARGO) clean

@@ -1,0 +1,99 @@
+//! What the data plane is started with.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use hugepages::PageChoice;
+use iface::IfaceConfig;
+
+use crate::placement::Placement;
+
+/// Everything that the flags of `shadowserve dataplane` say.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The port, its addresses and packet buffers. Its `queues` follow from `placement`.
+    pub iface: IfaceConfig,
+    /// Which lcore runs which stage.
+    pub placement: Placement,
+    /// Where the store is.
+    pub store: SocketAddr,
+    /// The MAC address that packets for the store go to, when ARP is not to find it.
+    pub store_mac: Option<[u8; 6]>,
+    /// Whom packets for other networks go to.
+    pub gateway: Option<IpAddr>,
+    /// Where clients connect.
+    pub socket: PathBuf,
+    /// The group that may connect, beside the owner.
+    pub group: Option<String>,
+    /// Slots for decoded planes.
+    pub slots: usize,
+    /// Bytes of a slot: the largest decoded plane.
+    pub slot_bytes: usize,
+    /// Pages that the slots lie in.
+    pub pages: PageChoice,
+    /// Credit: packets asked for and not arrived, over all queues.
+    pub window_segments: u32,
+    /// Fetches carried out at once; more wait.
+    pub max_fetches: u16,
+    /// Chunks of one fetch.
+    pub max_chunks: u32,
+    /// Layers of the deepest model.
+    pub max_layers: u16,
+    /// Least time without an arrival after which what was asked for counts as lost.
+    pub rto_min: Duration,
+    /// How long an idle lcore naps; zero never.
+    pub idle_sleep: Duration,
+}
+
+/// Why the data plane cannot run as configured.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The store is on another network and there is no gateway.
+    #[error("the store {store} is not on the network of --ip {address}: give --gateway, or an --ip on its network")]
+    NoRoute {
+        /// The store.
+        store: SocketAddr,
+        /// Our address.
+        address: String,
+    },
+    /// IPv6 needs the store's MAC address.
+    #[error("--store-mac is needed with IPv6: neighbour discovery is not spoken yet")]
+    NoMac,
+    /// A budget is zero.
+    #[error("--{0} is 0: give at least 1")]
+    Zero(&'static str),
+    /// The packet buffers of a queue cannot hold one plane.
+    #[error(
+        "--mbufs {mbufs} is too little: a queue needs {needed}, its receive ring and the packets of two planes of \
+         --slot-kib {slot_kib}"
+    )]
+    Mbufs {
+        /// As given.
+        mbufs: u32,
+        /// What is needed.
+        needed: u32,
+        /// Largest plane.
+        slot_kib: usize,
+    },
+    /// No segment fits the MTU.
+    #[error("--mtu {0} is too small: no segment fits; give at least 256")]
+    Mtu(u16),
+}
+
+impl Config {
+    /// Whom packets for the store go to.
+    ///
+    /// # Errors
+    /// When the store cannot be reached from our address.
+    pub fn next_hop(&self) -> Result<IpAddr, ConfigError> {
+        let no_route = || ConfigError::NoRoute { store: self.store, address: self.iface.address.to_string() };
+        let same_version = self.store.is_ipv4() == self.iface.address.ip.is_ipv4();
+        let hop = if self.iface.address.contains(self.store.ip()) { Some(self.store.ip()) } else { self.gateway };
+        let hop = hop.filter(|hop| same_version && self.iface.address.contains(*hop)).ok_or_else(no_route)?;
+        if hop.is_ipv6() && self.store_mac.is_none() {
+            return Err(ConfigError::NoMac);
+        }
+        Ok(hop)
+    }
+}

@@ -1,0 +1,73 @@
+//! The dma stage: decoded planes from their slots to the sink, in batches.
+
+use dpdk::Ring;
+use gpu_dma::{Batch, FinishedBatch, Sink, Transfer};
+use hugepages::Slot;
+use iface::{Clock, Stage};
+
+use crate::job::{PlaneJob, PlaneOutcome};
+
+/// The rings that join a dma stage to the rest.
+pub(crate) struct DmaRings {
+    /// Decoded planes.
+    pub(crate) decoded: Ring<Box<PlaneJob>>,
+    /// Where each queue takes back delivered planes.
+    pub(crate) returned: Vec<Ring<Box<PlaneJob>>>,
+    /// Free slots.
+    pub(crate) slots: Ring<Box<Slot>>,
+}
+
+/// One lcore's share of delivery.
+pub(crate) struct DmaStage<S> {
+    pub(crate) sink: S,
+    pub(crate) rings: DmaRings,
+    pub(crate) clock: Clock,
+    pub(crate) offered: Batch<Box<PlaneJob>>,
+    pub(crate) finished: FinishedBatch<Box<PlaneJob>>,
+}
+
+impl<S: Sink<Box<PlaneJob>>> Stage for DmaStage<S> {
+    fn poll(&mut self, now_ns: u64) -> usize {
+        self.take_decoded(now_ns);
+        if !self.offered.is_empty() {
+            self.sink.submit(&mut self.offered);
+            self.sink.flush();
+        }
+        self.finish()
+    }
+}
+
+impl<S: Sink<Box<PlaneJob>>> DmaStage<S> {
+    fn take_decoded(&mut self, now_ns: u64) {
+        while !self.offered.is_full()
+            && let Some(mut job) = self.rings.decoded.dequeue()
+        {
+            job.times.dma_begin_ns = now_ns;
+            let (Some(slot), Some(fetch)) = (job.slot.take(), job.fetch.as_ref()) else {
+                unreachable!("a decoded plane has its slot and its fetch");
+            };
+            let placement = fetch.chunks[job.chunk].placement;
+            let plane = u32::try_from(job.plane).unwrap_or(u32::MAX);
+            let region = fetch.region.clone();
+            self.offered.push(Transfer { context: job, slot, region, placement, plane });
+        }
+    }
+
+    fn finish(&mut self) -> usize {
+        if self.sink.poll(&mut self.finished) == 0 {
+            return 0;
+        }
+        let now_ns = self.clock.now_ns();
+        let finished = self.finished.len();
+        for done in self.finished.drain(..) {
+            assert!(self.rings.slots.enqueue(done.slot).is_ok(), "the ring has room for every slot");
+            let mut job = done.context;
+            job.times.dma_end_ns = now_ns;
+            job.outcome =
+                if done.result.is_ok() { PlaneOutcome::Delivered } else { PlaneOutcome::Undecodable };
+            let queue = job.queue;
+            assert!(self.rings.returned[queue].enqueue(job).is_ok(), "the ring has room for every job");
+        }
+        finished
+    }
+}

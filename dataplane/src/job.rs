@@ -1,0 +1,230 @@
+//! What travels between the stages: one [`PlaneJob`] per plane in flight, and per queue one [`FetchPart`] of each
+//! fetch. Both are made before they are needed and go round in rings, so no stage allocates or shares.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use compress::{Dtype, PlaneEntry, Shape};
+use control::MissingReason;
+use dpdk::Mbuf;
+use gpu_dma::Placement;
+use hugepages::{Arena, Slot};
+use protocol::{ChunkFailure, ChunkInfo, ChunkShape, Key, LookupOutcome, TransferId};
+
+use crate::latency::{Latencies, PlaneTimes};
+
+/// What one fetch wants, shared read-only by every stage, and how far it has come.
+pub(crate) struct FetchShared {
+    /// Where its planes go.
+    pub(crate) region: Arc<Arena>,
+    /// Element type that the client wants.
+    pub(crate) dtype: Dtype,
+    /// Its chunks, in the order that the client named them.
+    pub(crate) chunks: Vec<ChunkTarget>,
+    /// Progress, for whoever wants to know.
+    pub(crate) progress: Progress,
+}
+
+impl FetchShared {
+    /// Whether a chunk as stored has the shape that the client made room for.
+    pub(crate) fn expects(&self, chunk: usize, stored: &Shape) -> bool {
+        self.chunks.get(chunk).is_some_and(|target| {
+            let expected = target.placement.shape();
+            (expected.layers, expected.tokens, expected.kv_heads, expected.head_dim)
+                == (stored.layers, stored.tokens, stored.kv_heads, stored.head_dim)
+        })
+    }
+}
+
+/// One chunk of a fetch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ChunkTarget {
+    /// Where its planes go; checked against the region.
+    pub(crate) placement: Placement,
+}
+
+/// Counts that the receive lcores add to as planes are delivered.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    planes: AtomicU32,
+    encoded_bytes: AtomicU64,
+    delivered_bytes: AtomicU64,
+}
+
+impl Progress {
+    pub(crate) fn add_plane(&self, encoded_bytes: u64, delivered_bytes: u64) {
+        self.planes.fetch_add(1, Relaxed);
+        self.encoded_bytes.fetch_add(encoded_bytes, Relaxed);
+        self.delivered_bytes.fetch_add(delivered_bytes, Relaxed);
+    }
+
+    /// Planes, encoded bytes, delivered bytes.
+    pub(crate) fn get(&self) -> (u32, u64, u64) {
+        (self.planes.load(Relaxed), self.encoded_bytes.load(Relaxed), self.delivered_bytes.load(Relaxed))
+    }
+}
+
+/// How a plane's way through decoding and delivery ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum PlaneOutcome {
+    /// Still under way.
+    #[default]
+    Pending,
+    /// Every byte is at its place in the sink.
+    Delivered,
+    /// The checksum or length is wrong: worth fetching again.
+    Corrupt,
+    /// The checksum is right but the plane cannot be decoded: fetching again would not help.
+    Undecodable,
+    /// The chunk holds another number of tokens than the client made room for.
+    OtherShape,
+}
+
+/// A plane on its way from the packets to the sink. There is one for every transfer that a queue can have under
+/// way; it goes rx -> decode -> dma -> rx and is never freed.
+#[derive(Default)]
+pub(crate) struct PlaneJob {
+    /// The queue it returns to.
+    pub(crate) queue: usize,
+    /// The transfer that the queue's engine knows it by.
+    pub(crate) transfer: Option<TransferId>,
+    /// Its fetch, while it has one.
+    pub(crate) fetch: Option<Arc<FetchShared>>,
+    /// Its chunk within the fetch.
+    pub(crate) chunk: usize,
+    /// Its plane within the chunk.
+    pub(crate) plane: usize,
+    /// The chunk's shape.
+    pub(crate) shape: Option<Shape>,
+    /// How it is encoded.
+    pub(crate) entry: Option<PlaneEntry>,
+    /// The packets, by segment, trimmed to their data; `None` beyond those of this plane.
+    pub(crate) segments: Box<[Option<Mbuf>]>,
+    /// Packets of this plane, once all have arrived.
+    pub(crate) segment_count: usize,
+    /// The decoded plane, between decode and dma.
+    pub(crate) slot: Option<Box<Slot>>,
+    /// Bytes of the decoded plane.
+    pub(crate) decoded_bytes: usize,
+    /// How it ended.
+    pub(crate) outcome: PlaneOutcome,
+    /// When it passed what.
+    pub(crate) times: PlaneTimes,
+}
+
+impl PlaneJob {
+    /// A job of queue `queue` with room for planes of `max_segments` packets.
+    pub(crate) fn new(queue: usize, max_segments: usize) -> Box<Self> {
+        let segments = (0..max_segments).map(|_| None).collect();
+        Box::new(Self { queue, segments, ..Self::default() })
+    }
+
+    /// Gives the packets back to their pool.
+    pub(crate) fn drop_segments(&mut self) {
+        self.segments.iter_mut().for_each(|segment| *segment = None);
+        self.segment_count = 0;
+    }
+}
+
+/// What the control thread and a queue say to each other. The queue answers every message by sending it back, filled
+/// in, so that only the control thread allocates and frees.
+pub(crate) enum QueueMessage {
+    /// Fetch this queue's share; comes back when it has ended.
+    Fetch(FetchPart),
+    /// Look up; comes back with the answer.
+    Lookup(LookupPart),
+    /// Cancel a fetch; comes back at once, the fetch itself when it has ended.
+    CancelFetch(PartId),
+    /// Cancel a lookup, likewise.
+    CancelLookup(PartId),
+    /// Exchange the histograms for these.
+    Latencies(Latencies),
+}
+
+/// The control thread's name for a fetch or lookup: the slot it takes in every queue, and a number that no other
+/// that ever had the slot shares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct PartId(pub(crate) u64);
+
+impl PartId {
+    pub(crate) const SLOT_BITS: u32 = 16;
+
+    pub(crate) fn new(slot: usize, serial: u64) -> Self {
+        Self(serial << Self::SLOT_BITS | slot as u64)
+    }
+
+    pub(crate) fn slot(self) -> usize {
+        usize::from(self.0 as u16)
+    }
+}
+
+/// The share of a fetch that one queue carries out.
+pub(crate) struct FetchPart {
+    pub(crate) id: PartId,
+    /// When it must have ended, in nanoseconds of the data plane's clock.
+    pub(crate) deadline_ns: u64,
+    /// What is wanted.
+    pub(crate) fetch: Arc<FetchShared>,
+    /// The keys, in the order of the chunks.
+    pub(crate) keys: Vec<Key>,
+    /// The shape that the client expects.
+    pub(crate) expect: ChunkShape,
+    /// Chunks that did not arrive whole through this queue; room for all of them from the start.
+    pub(crate) missing: Vec<(u32, MissingReason)>,
+    /// Whether it was cancelled.
+    pub(crate) cancelled: bool,
+}
+
+impl FetchPart {
+    /// Notes every chunk as missing for `reason`.
+    pub(crate) fn miss_all(&mut self, reason: MissingReason) {
+        self.missing.clear();
+        self.missing.extend((0..).take(self.keys.len()).map(|chunk| (chunk, reason)));
+    }
+}
+
+/// A lookup.
+pub(crate) struct LookupPart {
+    pub(crate) id: PartId,
+    /// When it must have ended, in nanoseconds of the data plane's clock.
+    pub(crate) deadline_ns: u64,
+    /// The keys, in the order of the chunks.
+    pub(crate) keys: Vec<Key>,
+    /// Filled in by the queue.
+    pub(crate) answer: Option<LookupAnswer>,
+}
+
+/// What the store said.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LookupAnswer {
+    /// How the lookup ended.
+    pub(crate) outcome: LookupOutcome,
+    /// Leading keys that are stored.
+    pub(crate) found: u32,
+    /// Tokens of those chunks.
+    pub(crate) tokens: u64,
+    /// Encoded bytes of those chunks.
+    pub(crate) encoded_bytes: u64,
+    /// The last of those chunks.
+    pub(crate) last: Option<ChunkInfo>,
+}
+
+/// Numbers that the receive stage gives to [`protocol::Verdict::Rejected`].
+pub(crate) const REJECTED_UNDECODABLE: u8 = 0;
+/// The chunk holds another number of tokens than expected.
+pub(crate) const REJECTED_SHAPE: u8 = 1;
+
+/// The client's word for why a chunk is missing.
+pub(crate) fn missing_reason(failure: ChunkFailure) -> MissingReason {
+    match failure {
+        ChunkFailure::NotStored => MissingReason::NotStored,
+        ChunkFailure::Deadline => MissingReason::Deadline,
+        ChunkFailure::Corrupt => MissingReason::Corrupt,
+        ChunkFailure::ShapeMismatch | ChunkFailure::Rejected(REJECTED_SHAPE) => MissingReason::ShapeMismatch,
+        ChunkFailure::BadHeader
+        | ChunkFailure::TooLarge
+        | ChunkFailure::Refused(_)
+        | ChunkFailure::Rejected(_) => MissingReason::Undecodable,
+        ChunkFailure::Cancelled => MissingReason::Cancelled,
+    }
+}

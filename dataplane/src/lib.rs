@@ -1,0 +1,82 @@
+//! The data plane: fetches encoded planes from a store over DPDK, decodes them and delivers them into the memory of
+//! serving processes.
+//!
+//! In the order of a plane's way: [`rx`] receives its packets, [`decode`] turns them into the decoded plane in a slot,
+//! [`dma`] copies the slot to its place, and [`rx`] tells the engine. [`pipeline`] makes and places these stages;
+//! [`control_thread`] talks to the serving processes and keeps [`fetches`], everything under way.
+#![forbid(unsafe_code)]
+
+mod chunk_layout;
+mod config;
+mod control_thread;
+mod decode;
+mod dma;
+mod fetches;
+mod job;
+mod latency;
+mod metrics;
+mod pipeline;
+mod placement;
+mod rx;
+
+use std::sync::atomic::AtomicBool;
+
+use control::{BindError, Listener};
+use dpdk::Eal;
+use tracing::info;
+
+use crate::control_thread::ControlThread;
+use crate::pipeline::Pipeline;
+
+pub use crate::config::{Config, ConfigError};
+pub use crate::pipeline::BuildError;
+pub use crate::placement::{Placement, PlacementError, StageKind, parse_cpus};
+
+/// Why the data plane ended other than by being told to.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// It could not be set up.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The control socket could not be made.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// An lcore ended before it was told to.
+    #[error("an lcore ended by a panic (see above); the data plane stopped: please report it")]
+    Lcore,
+}
+
+/// Runs the data plane until `stop` is set: opens the port, starts the lcores, serves clients on the calling thread.
+/// When it returns, every fetch has ended, the lcores have stopped and the port is closed.
+///
+/// # Errors
+/// When it cannot be set up, or an lcore panics.
+pub fn run(eal: &Eal, config: &Config, stop: &AtomicBool) -> Result<(), RunError> {
+    let (pipeline, fetches) = Pipeline::build(eal, config)?;
+    let served = serve(eal, config, &pipeline, fetches, stop);
+    let ended_in_order = pipeline.stop(eal);
+    served?;
+    if ended_in_order { Ok(()) } else { Err(RunError::Lcore) }
+}
+
+fn serve(
+    eal: &Eal,
+    config: &Config,
+    pipeline: &Pipeline,
+    fetches: fetches::Fetches,
+    stop: &AtomicBool,
+) -> Result<(), RunError> {
+    let listener = Listener::bind(&config.socket, 0o660, config.group.as_deref())?;
+    let fallback = pipeline.slot_fallback.as_deref().map(|why| format!(" ({why})")).unwrap_or_default();
+    info!(
+        "ready: {} queues on {}, lcores {}, {} slots in {}{fallback}, clients at {}",
+        pipeline.queues.len(),
+        pipeline.port.driver(),
+        config.placement,
+        pipeline.slot_count,
+        pipeline.slot_pages,
+        config.socket.display(),
+    );
+    ControlThread::new(listener, pipeline, fetches).run(eal, stop);
+    Ok(())
+}

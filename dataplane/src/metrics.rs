@@ -1,0 +1,97 @@
+//! One JSON object of everything that the data plane counts.
+
+use serde_json::{Map, Value, json};
+
+use crate::latency::Latencies;
+use crate::pipeline::Pipeline;
+
+/// The report behind `shadowserve fetch --json` and [`control::Command::Stats`]; names are stable, units in the names.
+pub(crate) fn report(pipeline: &Pipeline, latencies: &Latencies, clients: usize) -> Value {
+    json!({
+        "uptime_s": pipeline.clock.now_ns() / 1_000_000_000,
+        "clients": clients,
+        "counters": counters(pipeline),
+        "stages": latencies.to_json(),
+        "memory": memory(pipeline),
+        "lcores": lcores(pipeline),
+        "port": port(pipeline),
+    })
+}
+
+/// Counts added up over the queues.
+fn counters(pipeline: &Pipeline) -> Value {
+    let mut sums = Map::new();
+    for queue in &pipeline.queues {
+        for (name, counter) in queue.planes.named() {
+            add(&mut sums, name, &json!(counter.get()));
+        }
+        if let Value::Object(link) = queue.link.to_json() {
+            link.iter().for_each(|(name, value)| add(&mut sums, name, value));
+        }
+    }
+    Value::Object(sums)
+}
+
+fn add(sums: &mut Map<String, Value>, name: &str, value: &Value) {
+    match (sums.get_mut(name), value) {
+        (None, _) => {
+            sums.insert(name.to_owned(), value.clone());
+        }
+        (Some(Value::Object(sum)), Value::Object(more)) => {
+            more.iter().for_each(|(name, value)| add(sum, name, value));
+        }
+        (Some(sum), more) => *sum = json!(sum.as_u64().unwrap_or(0) + more.as_u64().unwrap_or(0)),
+    }
+}
+
+fn memory(pipeline: &Pipeline) -> Value {
+    let mbufs: u32 = pipeline.queues.iter().map(|queue| queue.pool.capacity()).sum();
+    let in_use: u32 = pipeline.queues.iter().map(|queue| queue.pool.in_use()).sum();
+    json!({
+        "mbufs": mbufs,
+        "mbufs_in_use": in_use,
+        "slots": pipeline.slot_count,
+        "slots_free": pipeline.slots.len(),
+        "slot_pages": pipeline.slot_pages.to_string(),
+        "decode_scratch_bytes": pipeline.scratch_bytes,
+        "decode_backlog_planes": pipeline.decode_backlog.len(),
+        "resident_peak_kib": resident_peak_kib(),
+    })
+}
+
+fn lcores(pipeline: &Pipeline) -> Value {
+    let lcores = pipeline.lcores.iter().map(|lcore| {
+        let stages: Vec<&str> = lcore.stages.iter().map(|stage| stage.name()).collect();
+        json!({
+            "cpu": lcore.cpu,
+            "stages": stages,
+            "busy_loops": lcore.counters.busy_loops.get(),
+            "idle_loops": lcore.counters.idle_loops.get(),
+            "busy_us": lcore.counters.busy_ns.get() / 1_000,
+        })
+    });
+    Value::Array(lcores.collect())
+}
+
+fn port(pipeline: &Pipeline) -> Value {
+    let stats = pipeline.port.stats();
+    json!({
+        "driver": pipeline.port.driver(),
+        "link_up": pipeline.port.link_up(),
+        "rx_packets": stats.rx_packets,
+        "rx_bytes": stats.rx_bytes,
+        "rx_missed": stats.rx_missed,
+        "rx_errors": stats.rx_errors,
+        "rx_nombuf": stats.rx_nombuf,
+        "tx_packets": stats.tx_packets,
+        "tx_bytes": stats.tx_bytes,
+        "tx_errors": stats.tx_errors,
+    })
+}
+
+/// Most memory that this process has had in ordinary pages, from the kernel; 0 where it does not say.
+fn resident_peak_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+}

@@ -1,0 +1,373 @@
+//! Makes everything that the stages need, from the budgets of the configuration, and places the stages on lcores.
+//! After [`Pipeline::build`] nothing on the data path is allocated.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use arrayvec::ArrayVec;
+use compress::Decoder;
+use dpdk::{Eal, LaunchError, Pool, Port, Ring, RingError, RingMode};
+use gpu_dma::HostRing;
+use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
+use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
+use protocol::frame::max_segment_bytes;
+use protocol::{FetchConfig, FetchEngine};
+
+use crate::chunk_layout::EncodedChunks;
+use crate::config::{Config, ConfigError};
+use crate::decode::{DecodeRings, DecodeStage};
+use crate::dma::{DmaRings, DmaStage};
+use crate::fetches::{FetchLimits, Fetches, QueueEnds};
+use crate::job::PlaneJob;
+use crate::latency::Latencies;
+use crate::placement::StageKind;
+use crate::rx::{Parts, PlaneCounters, Planes, RxRings, RxStage, StoreAddress};
+
+/// Why the pipeline could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// the configuration contradicts itself
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// the protocol engine refuses its budgets
+    #[error(transparent)]
+    Engine(#[from] protocol::ConfigError),
+    /// the port could not be opened
+    #[error(transparent)]
+    Port(#[from] iface::OpenError),
+    /// the slots' memory could not be had
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    /// the slots could not be cut
+    #[error(transparent)]
+    Slots(#[from] SlotsError),
+    /// a ring could not be made
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// an lcore could not be started
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+}
+
+/// The data plane's budgets, worked out from the configuration.
+#[derive(Debug, Clone, Copy)]
+struct Budget {
+    queues: u16,
+    segment_bytes: u16,
+    max_plane_bytes: u32,
+    plane_segments: u32,
+    /// Planes that a queue can have under way.
+    active_planes: u16,
+    /// Packets that a queue's planes may hold.
+    memory_segments: u32,
+    window_segments: u32,
+}
+
+/// What the control thread can see of one queue.
+pub(crate) struct QueueView {
+    pub(crate) link: Arc<LinkCounters>,
+    pub(crate) planes: Arc<PlaneCounters>,
+    pub(crate) pool: Pool,
+}
+
+/// What the control thread can see of one lcore.
+pub(crate) struct LcoreView {
+    pub(crate) cpu: usize,
+    pub(crate) stages: Vec<StageKind>,
+    pub(crate) counters: Arc<LcoreCounters>,
+}
+
+/// A running pipeline.
+pub(crate) struct Pipeline {
+    pub(crate) port: Port,
+    pub(crate) queues: Vec<QueueView>,
+    pub(crate) lcores: Vec<LcoreView>,
+    pub(crate) slots: Ring<Box<Slot>>,
+    pub(crate) slot_count: usize,
+    pub(crate) slot_pages: PageSize,
+    pub(crate) slot_fallback: Option<String>,
+    pub(crate) decode_backlog: Ring<Box<PlaneJob>>,
+    pub(crate) scratch_bytes: usize,
+    pub(crate) clock: Clock,
+    stop: Arc<AtomicBool>,
+}
+
+impl Budget {
+    fn new(config: &Config) -> Result<Self, ConfigError> {
+        for (name, value) in [
+            ("slots", config.slots),
+            ("slot-kib", config.slot_bytes),
+            ("window", config.window_segments as usize),
+            ("max-fetches", usize::from(config.max_fetches)),
+            ("max-chunks", config.max_chunks as usize),
+            ("max-layers", usize::from(config.max_layers)),
+        ] {
+            if value == 0 {
+                return Err(ConfigError::Zero(name));
+            }
+        }
+        let segment_bytes = max_segment_bytes(config.iface.mtu, &config.iface.address.ip);
+        if segment_bytes < 128 {
+            return Err(ConfigError::Mtu(config.iface.mtu));
+        }
+        let queues = config.iface.queues;
+        // An encoded plane may be a little larger than a decoded one: scales, and frames that did not shrink.
+        let max_plane_bytes = u32::try_from(config.slot_bytes + config.slot_bytes / 16 + 4096).unwrap_or(u32::MAX);
+        let plane_segments = max_plane_bytes.div_ceil(u32::from(segment_bytes));
+        // What the device's rings and each lcore's pool cache can hold is not there for planes.
+        let reserved = u32::from(config.iface.rx_descriptors) + u32::from(config.iface.tx_descriptors) + 512;
+        let needed = reserved + 2 * plane_segments;
+        if config.iface.mbufs < needed {
+            return Err(ConfigError::Mbufs {
+                mbufs: config.iface.mbufs,
+                needed,
+                slot_kib: config.slot_bytes / 1024,
+            });
+        }
+        Ok(Self {
+            queues,
+            segment_bytes,
+            max_plane_bytes,
+            plane_segments,
+            active_planes: 256,
+            memory_segments: config.iface.mbufs - reserved,
+            window_segments: config.window_segments.div_ceil(u32::from(queues)),
+        })
+    }
+
+    fn engine(&self, config: &Config, queue: u16, seed: u32) -> FetchConfig {
+        FetchConfig {
+            queue,
+            queues: self.queues,
+            max_fetches: config.max_fetches,
+            max_lookups: MAX_LOOKUPS,
+            max_chunks_per_fetch: config.max_chunks,
+            active_planes: self.active_planes,
+            max_planes_per_chunk: config.max_layers * 2,
+            max_plane_bytes: self.max_plane_bytes,
+            max_header_bytes: u32::try_from(compress::header_bytes(usize::from(config.max_layers) * 2))
+                .unwrap_or(u32::MAX),
+            segment_bytes: self.segment_bytes,
+            window_segments: self.window_segments,
+            memory_segments: self.memory_segments,
+            rto_min: config.rto_min,
+            seed,
+            ..FetchConfig::default()
+        }
+    }
+}
+
+/// Lookups carried out at once; more wait.
+const MAX_LOOKUPS: u16 = 64;
+
+/// The rings between the stages. Each has room for everything that can ever be in it.
+struct Rings {
+    decode: Ring<Box<PlaneJob>>,
+    decoded: Ring<Box<PlaneJob>>,
+    returned: Vec<Ring<Box<PlaneJob>>>,
+    strays: Vec<Ring<dpdk::Mbuf>>,
+    slots: Ring<Box<Slot>>,
+}
+
+impl Rings {
+    fn new(eal: &Eal, budget: &Budget, config: &Config, jobs: u32) -> Result<Self, RingError> {
+        // Lcores may share CPUs, and then one must not wait for another that is not running.
+        let many = RingMode::Relaxed;
+        let per_queue = |name: &'static str| {
+            (0..budget.queues).map(move |queue| Ring::new(eal, &format!("{name}{queue}"), jobs, many))
+        };
+        Ok(Self {
+            decode: Ring::new(eal, "decode", jobs, many)?,
+            decoded: Ring::new(eal, "decoded", jobs, many)?,
+            returned: per_queue("returned").collect::<Result<_, _>>()?,
+            strays: (0..budget.queues)
+                .map(|queue| Ring::new(eal, &format!("strays{queue}"), 1024, many))
+                .collect::<Result<_, _>>()?,
+            slots: Ring::new(eal, "slots", entries(config.slots), many)?,
+        })
+    }
+}
+
+impl Pipeline {
+    /// Opens the port, makes pools, rings, slots and stages, and starts the lcores.
+    pub(crate) fn build(eal: &Eal, config: &Config) -> Result<(Self, Fetches), BuildError> {
+        let budget = Budget::new(config)?;
+        let next_hop = config.next_hop()?;
+        let hops = [NextHop { ip: next_hop, mac: config.store_mac }];
+        let peer = Some((config.store.ip(), config.store.port()));
+        let opened = iface::open(eal, &config.iface, peer, &hops)?;
+
+        let jobs = u32::from(budget.active_planes) * u32::from(budget.queues);
+        let rings = Rings::new(eal, &budget, config, jobs)?;
+        let (slot_pages, slot_fallback) = fill_slots(config, &rings.slots)?;
+        let limits = FetchLimits {
+            fetches: usize::from(config.max_fetches),
+            lookups: usize::from(MAX_LOOKUPS),
+            chunks_per_fetch: config.max_chunks as usize,
+            plane_bytes: config.slot_bytes,
+            planes_per_chunk: usize::from(config.max_layers) * 2,
+        };
+        let store = StoreAddress { ip: config.store.ip(), port: config.store.port(), next_hop };
+        let clock = Clock::start();
+        let mut builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock };
+        let Opened { port, links, pools, ports, .. } = opened;
+        let (mut rx_stages, mut ends, mut queues) = (Vec::new(), Vec::new(), Vec::new());
+        for (queue, (link, pool)) in (0..).zip(links.into_iter().zip(pools)) {
+            let link_counters = Arc::clone(link.counters());
+            let (stage, queue_ends) = builder.rx(queue, link, ports.clone())?;
+            queues.push(QueueView { link: link_counters, planes: Arc::clone(&stage.counters), pool });
+            rx_stages.push(stage);
+            ends.push(queue_ends);
+        }
+        let scratch_bytes = Decoder::new(config.slot_bytes).scratch_bytes();
+        let stop = Arc::new(AtomicBool::new(false));
+        let lcore_control = LcoreControl { stop: Arc::clone(&stop), clock, idle_sleep: config.idle_sleep };
+        let lcores = builder.launch(rx_stages, &lcore_control)?;
+        let pipeline = Self {
+            port,
+            queues,
+            lcores,
+            slots: rings.slots.clone(),
+            slot_count: config.slots,
+            slot_pages,
+            slot_fallback,
+            decode_backlog: rings.decode.clone(),
+            scratch_bytes,
+            clock,
+            stop,
+        };
+        Ok((pipeline, Fetches::new(ends, limits)))
+    }
+
+    /// Stops every lcore and waits for it; drops what the stages own. Returns whether all ended in order.
+    pub(crate) fn stop(&self, eal: &Eal) -> bool {
+        self.stop.store(true, Ordering::Relaxed);
+        (0..self.lcores.len()).map(|worker| eal.wait(worker).is_ok()).fold(true, |all, ended| all & ended)
+    }
+}
+
+fn fill_slots(config: &Config, ring: &Ring<Box<Slot>>) -> Result<(PageSize, Option<String>), BuildError> {
+    let slot_bytes = config.slot_bytes.next_multiple_of(hugepages::SLOT_ALIGN_BYTES);
+    let arena = Arena::new(ArenaConfig {
+        name: "slots",
+        bytes: config.slots * slot_bytes,
+        page: config.pages,
+        numa_node: None,
+    })?;
+    let mut slots = Slots::new(arena, slot_bytes)?;
+    for slot in slots.take().into_iter().take(config.slots) {
+        assert!(ring.enqueue(Box::new(slot)).is_ok(), "the ring was made for every slot");
+    }
+    Ok((slots.page_size(), slots.fallback_reason().map(str::to_owned)))
+}
+
+/// Makes stages.
+struct StageBuilder<'a> {
+    eal: &'a Eal,
+    config: &'a Config,
+    budget: Budget,
+    limits: FetchLimits,
+    store: StoreAddress,
+    rings: &'a Rings,
+    clock: Clock,
+}
+
+impl StageBuilder<'_> {
+    fn rx(
+        &mut self,
+        queue: u16,
+        link: iface::Link,
+        ports: iface::steer::PortMap,
+    ) -> Result<(RxStage, QueueEnds), BuildError> {
+        let entries = entries(Fetches::ring_entries(&self.limits));
+        let (to_queue, messages) = Ring::spsc(self.eal, &format!("messages{queue}"), entries)?;
+        let (answers, from_queue) = Ring::spsc(self.eal, &format!("answers{queue}"), entries)?;
+        let index = usize::from(queue);
+        let new_job = || Some(PlaneJob::new(index, self.budget.plane_segments as usize));
+        let ends = QueueEnds { messages: to_queue, answers: from_queue };
+        let stage = RxStage {
+            queue,
+            ports,
+            stores: vec![self.store],
+            link,
+            engine: FetchEngine::new(self.budget.engine(self.config, queue, seed()), EncodedChunks)?,
+            rings: RxRings {
+                decode: self.rings.decode.clone(),
+                returned: self.rings.returned[index].clone(),
+                messages,
+                answers,
+                strays: self.rings.strays[index].clone(),
+                strays_of: self.rings.strays.clone(),
+            },
+            planes: Planes((0..self.budget.active_planes).map(|_| new_job()).collect()),
+            parts: Parts((0..self.limits.fetches + self.limits.lookups).map(|_| None).collect()),
+            latencies: Latencies::default(),
+            counters: Arc::default(),
+        };
+        Ok((stage, ends))
+    }
+
+    fn decode(&self) -> DecodeStage {
+        DecodeStage {
+            decoder: Decoder::new(self.config.slot_bytes),
+            rings: DecodeRings {
+                planes: self.rings.decode.clone(),
+                decoded: self.rings.decoded.clone(),
+                returned: self.rings.returned.clone(),
+                slots: self.rings.slots.clone(),
+            },
+            clock: self.clock,
+            spare: None,
+        }
+    }
+
+    fn dma(&self) -> DmaStage<HostRing<Box<PlaneJob>>> {
+        DmaStage {
+            sink: HostRing::default(),
+            rings: DmaRings {
+                decoded: self.rings.decoded.clone(),
+                returned: self.rings.returned.clone(),
+                slots: self.rings.slots.clone(),
+            },
+            clock: self.clock,
+            offered: ArrayVec::new(),
+            finished: ArrayVec::new(),
+        }
+    }
+
+    /// Gives every lcore its stages and starts it.
+    fn launch(
+        &self,
+        rx_stages: Vec<RxStage>,
+        control: &LcoreControl,
+    ) -> Result<Vec<LcoreView>, BuildError> {
+        let mut rx_stages = rx_stages.into_iter();
+        let mut lcores = Vec::new();
+        for (worker, (cpu, kinds)) in self.config.placement.lcores().enumerate() {
+            let mut stages: Vec<Box<dyn Stage>> = Vec::new();
+            for kind in kinds {
+                stages.push(match kind {
+                    StageKind::Rx => Box::new(rx_stages.next().expect("one queue was made per rx stage")),
+                    StageKind::Decode => Box::new(self.decode()),
+                    StageKind::Dma => Box::new(self.dma()),
+                });
+            }
+            let counters = Arc::<LcoreCounters>::default();
+            let (control, of_lcore) = (control.clone(), Arc::clone(&counters));
+            self.eal.launch(worker, move || lcore::run(&mut stages, &control, &of_lcore))?;
+            lcores.push(LcoreView { cpu, stages: kinds.to_vec(), counters });
+        }
+        Ok(lcores)
+    }
+}
+
+/// Entries of a ring that holds `items`; a number too large for a ring is refused where the ring is made.
+fn entries(items: usize) -> u32 {
+    u32::try_from(items).unwrap_or(u32::MAX)
+}
+
+/// A number that differs from run to run.
+fn seed() -> u32 {
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    time.subsec_nanos() ^ std::process::id().rotate_left(16)
+}

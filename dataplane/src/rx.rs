@@ -1,0 +1,400 @@
+//! The receive stage: one queue's packets, its protocol engine, and the planes that it has under way.
+
+use std::sync::Arc;
+
+use compress::ChunkView;
+use control::MissingReason;
+use dpdk::{Mbuf, Ring, RingReceiver, RingSender};
+use iface::{Counter, Link, LinkCounters, Outgoing, Stage};
+use iface::steer::PortMap;
+use protocol::frame::Peer;
+use protocol::reason::DropReason;
+use protocol::time::Instant;
+use protocol::{Accepted, Event, FetchEngine, FetchId, FetchOutcome, LookupId, StoreIndex, TransferId, Verdict};
+
+use crate::chunk_layout::EncodedChunks;
+use crate::job::{
+    FetchPart, LookupAnswer, LookupPart, PartId, PlaneJob, PlaneOutcome, QueueMessage, REJECTED_SHAPE,
+    REJECTED_UNDECODABLE, missing_reason,
+};
+use crate::latency::Latencies;
+
+/// Where a store is reached.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StoreAddress {
+    /// Its address and port; the MAC address is that of the next hop.
+    pub(crate) ip: std::net::IpAddr,
+    /// Its UDP port.
+    pub(crate) port: u16,
+    /// Whom packets for it go to: itself or a gateway.
+    pub(crate) next_hop: std::net::IpAddr,
+}
+
+/// Exact counts of the planes of one queue:
+/// `planes_arrived = planes_delivered + planes_corrupt + planes_undecodable + planes under way`.
+#[derive(Debug, Default)]
+pub(crate) struct PlaneCounters {
+    pub(crate) planes_arrived: Counter,
+    pub(crate) planes_delivered: Counter,
+    pub(crate) planes_corrupt: Counter,
+    pub(crate) planes_undecodable: Counter,
+    pub(crate) planes_reset: Counter,
+    pub(crate) segments_accepted: Counter,
+    pub(crate) control_accepted: Counter,
+    pub(crate) misdirected: Counter,
+    pub(crate) encoded_bytes: Counter,
+    pub(crate) delivered_bytes: Counter,
+}
+
+impl PlaneCounters {
+    /// Every counter with its name.
+    pub(crate) fn named(&self) -> [(&'static str, &Counter); 10] {
+        [
+            ("planes_arrived", &self.planes_arrived),
+            ("planes_delivered", &self.planes_delivered),
+            ("planes_corrupt", &self.planes_corrupt),
+            ("planes_undecodable", &self.planes_undecodable),
+            ("planes_reset", &self.planes_reset),
+            ("segments_accepted", &self.segments_accepted),
+            ("control_accepted", &self.control_accepted),
+            ("misdirected", &self.misdirected),
+            ("encoded_bytes", &self.encoded_bytes),
+            ("delivered_bytes", &self.delivered_bytes),
+        ]
+    }
+}
+
+/// The rings that join a receive stage to the rest.
+pub(crate) struct RxRings {
+    /// Planes to decode.
+    pub(crate) decode: Ring<Box<PlaneJob>>,
+    /// Planes that come back, delivered or not.
+    pub(crate) returned: Ring<Box<PlaneJob>>,
+    /// From the control thread.
+    pub(crate) messages: RingReceiver<Box<QueueMessage>>,
+    /// To the control thread.
+    pub(crate) answers: RingSender<Box<QueueMessage>>,
+    /// Packets that another queue received for us.
+    pub(crate) strays: Ring<Mbuf>,
+    /// The same of every queue, to pass such packets on.
+    pub(crate) strays_of: Vec<Ring<Mbuf>>,
+}
+
+/// The receive stage of one queue.
+pub(crate) struct RxStage {
+    pub(crate) queue: u16,
+    pub(crate) ports: PortMap,
+    pub(crate) stores: Vec<StoreAddress>,
+    pub(crate) link: Link,
+    pub(crate) engine: FetchEngine<EncodedChunks>,
+    pub(crate) rings: RxRings,
+    pub(crate) planes: Planes,
+    pub(crate) parts: Parts,
+    pub(crate) latencies: Latencies,
+    pub(crate) counters: Arc<PlaneCounters>,
+}
+
+/// The jobs of a queue, by transfer slot; a job is away while later stages have it.
+pub(crate) struct Planes(pub(crate) Vec<Option<Box<PlaneJob>>>);
+
+/// The fetches and lookups of a queue, by slot of their id.
+pub(crate) struct Parts(pub(crate) Vec<Option<Box<QueueMessage>>>);
+
+/// Messages from the control thread and returned planes taken per poll.
+const BURST: usize = 32;
+
+impl Stage for RxStage {
+    fn poll(&mut self, now_ns: u64) -> usize {
+        let now = Instant::from_nanos(now_ns);
+        let mut work = self.take_returned(now);
+        work += self.take_messages(now);
+        work += self.receive(now_ns);
+        work += self.take_strays(now);
+        if self.engine.poll_timeout().is_some_and(|due| due <= now) {
+            self.engine.handle_timeout(now);
+        }
+        work += self.take_events(now_ns);
+        self.link.poll_neighbours(now_ns);
+        work + self.transmit(now)
+    }
+}
+
+impl RxStage {
+    fn receive(&mut self, now_ns: u64) -> usize {
+        let Self { queue, ports, stores, link, engine, rings, planes, counters, .. } = self;
+        let link_counters: Arc<LinkCounters> = Arc::clone(link.counters());
+        link.receive(now_ns, |datagram| {
+            let Some(store) = store_of(stores, &datagram.from) else {
+                return link_counters.dropped.add(DropReason::UnknownPeer);
+            };
+            let result = match ports.queue(datagram.to_port) {
+                Some(owner) if owner == *queue => {
+                    planes.take_datagram(engine, counters, now_ns, store, datagram.mbuf)
+                }
+                Some(owner) => {
+                    counters.misdirected.add(1);
+                    pass_on(&rings.strays_of[usize::from(owner)], store, datagram.mbuf)
+                }
+                None => Err(DropReason::ForeignPort),
+            };
+            if let Err(reason) = result {
+                link_counters.dropped.add(reason);
+            }
+        })
+    }
+
+    fn take_strays(&mut self, now: Instant) -> usize {
+        let mut taken = 0;
+        while taken < BURST
+            && let Some(mut mbuf) = self.rings.strays.dequeue()
+        {
+            taken += 1;
+            let Some(&[low, high]) = mbuf.data().first_chunk() else { continue };
+            mbuf.trim_front(2);
+            let store = StoreIndex(u16::from_le_bytes([low, high]));
+            let result =
+                self.planes.take_datagram(&mut self.engine, &self.counters, now.nanos(), store, mbuf);
+            if let Err(reason) = result {
+                self.link.counters().dropped.add(reason);
+            }
+        }
+        taken
+    }
+
+    /// Planes that later stages are done with: tells the engine, records the way, keeps the job for the next.
+    fn take_returned(&mut self, now: Instant) -> usize {
+        let mut taken = 0;
+        while taken < BURST
+            && let Some(mut job) = self.rings.returned.dequeue()
+        {
+            taken += 1;
+            let (Some(transfer), Some(fetch)) = (job.transfer.take(), job.fetch.take()) else {
+                unreachable!("a job that was sent out has a transfer and a fetch");
+            };
+            let entry_bytes = job.entry.take().map_or(0, |entry| u64::from(entry.bytes));
+            let verdict = match job.outcome {
+                PlaneOutcome::Delivered => {
+                    fetch.progress.add_plane(entry_bytes, job.decoded_bytes as u64);
+                    self.counters.planes_delivered.add(1);
+                    self.counters.encoded_bytes.add(entry_bytes);
+                    self.counters.delivered_bytes.add(job.decoded_bytes as u64);
+                    self.latencies.record(&job.times);
+                    Verdict::Delivered
+                }
+                PlaneOutcome::Corrupt => {
+                    self.counters.planes_corrupt.add(1);
+                    Verdict::Corrupt
+                }
+                PlaneOutcome::OtherShape => {
+                    self.counters.planes_undecodable.add(1);
+                    Verdict::Rejected(REJECTED_SHAPE)
+                }
+                PlaneOutcome::Pending | PlaneOutcome::Undecodable => {
+                    self.counters.planes_undecodable.add(1);
+                    Verdict::Rejected(REJECTED_UNDECODABLE)
+                }
+            };
+            self.planes.0[transfer.slot()] = Some(job);
+            self.engine.verdict(now, transfer, verdict);
+        }
+        taken
+    }
+
+    fn take_messages(&mut self, now: Instant) -> usize {
+        let mut taken = 0;
+        while taken < BURST
+            && let Some(message) = self.rings.messages.dequeue()
+        {
+            taken += 1;
+            self.take_message(now, message);
+        }
+        taken
+    }
+
+    fn take_message(&mut self, now: Instant, mut message: Box<QueueMessage>) {
+        match &mut *message {
+            QueueMessage::Fetch(part) => {
+                let started = self.engine.start(
+                    now,
+                    FetchId(part.id.0),
+                    Instant::from_nanos(part.deadline_ns),
+                    StoreIndex(0),
+                    &part.keys,
+                    &part.expect,
+                );
+                match started {
+                    Ok(()) => return self.parts.keep(part.id.slot(), message),
+                    // The control thread keeps to the engine's limits, so only a deadline that has passed gets here.
+                    Err(_) => part.miss_all(MissingReason::Deadline),
+                }
+            }
+            QueueMessage::Lookup(part) => {
+                let deadline = Instant::from_nanos(part.deadline_ns);
+                let id = LookupId(part.id.0);
+                if self.engine.lookup(now, id, deadline, StoreIndex(0), &part.keys).is_ok() {
+                    return self.parts.keep(part.id.slot(), message);
+                }
+            }
+            QueueMessage::CancelFetch(id) => self.engine.cancel(now, FetchId(id.0)),
+            QueueMessage::CancelLookup(id) => self.engine.cancel_lookup(now, LookupId(id.0)),
+            QueueMessage::Latencies(latencies) => std::mem::swap(&mut self.latencies, latencies),
+        }
+        self.answer(message);
+    }
+
+    fn answer(&mut self, message: Box<QueueMessage>) {
+        let answered = self.rings.answers.enqueue(message);
+        assert!(answered.is_ok(), "the ring has room for every message that can be under way");
+    }
+
+    fn take_events(&mut self, now_ns: u64) -> usize {
+        let mut taken = 0;
+        while let Some(event) = self.engine.poll_event() {
+            taken += 1;
+            match event {
+                Event::PlaneArrived { transfer, fetch, chunk, plane, segments, .. } => {
+                    self.send_out(now_ns, transfer, fetch, chunk, plane, segments);
+                }
+                Event::TransferReset { transfer } => {
+                    self.counters.planes_reset.add(1);
+                    if let Some(job) = &mut self.planes.0[transfer.slot()] {
+                        job.drop_segments();
+                        job.transfer = None;
+                    }
+                }
+                Event::ChunkFailed { fetch, chunk, reason } => {
+                    if let Some(part) = self.parts.fetch(fetch) {
+                        part.missing.push((chunk, missing_reason(reason)));
+                    }
+                }
+                Event::FetchEnded { fetch, outcome, .. } => {
+                    if let Some(part) = self.parts.fetch(fetch) {
+                        part.cancelled = outcome == FetchOutcome::Cancelled;
+                        let slot = part.id.slot();
+                        self.end(slot);
+                    }
+                }
+                Event::LookupDone { id, outcome, found, tokens, encoded_bytes, last } => {
+                    if let Some(part) = self.parts.lookup(id) {
+                        part.answer = Some(LookupAnswer { outcome, found, tokens, encoded_bytes, last });
+                        let slot = part.id.slot();
+                        self.end(slot);
+                    }
+                }
+            }
+        }
+        taken
+    }
+
+    fn end(&mut self, slot: usize) {
+        if let Some(message) = self.parts.0[slot].take() {
+            self.answer(message);
+        }
+    }
+
+    /// A plane is complete: fills in its job and sends it to the decoders.
+    fn send_out(&mut self, now_ns: u64, transfer: TransferId, fetch: FetchId, chunk: u32, plane: u16, segments: u32) {
+        self.counters.planes_arrived.add(1);
+        let Some(mut job) = self.planes.0[transfer.slot()].take() else {
+            unreachable!("a transfer that is being received has its job here");
+        };
+        let shared = self.parts.fetch(fetch).map(|part| Arc::clone(&part.fetch));
+        let header = self.engine.header(transfer).and_then(|header| ChunkView::parse(header).ok());
+        job.fetch = shared;
+        job.chunk = usize::try_from(chunk).unwrap_or(usize::MAX);
+        job.plane = usize::from(plane);
+        job.shape = header.as_ref().map(|header| *header.shape());
+        job.entry = header.and_then(|header| header.plane(usize::from(plane)));
+        job.segment_count = usize::try_from(segments).unwrap_or(usize::MAX);
+        job.outcome = PlaneOutcome::Pending;
+        job.times.arrived_ns = now_ns;
+        let sent = self.rings.decode.enqueue(job);
+        assert!(sent.is_ok(), "the ring has room for every job");
+    }
+
+    fn transmit(&mut self, now: Instant) -> usize {
+        let Self { queue, ports, stores, link, engine, .. } = self;
+        // Stores on one network resolve together; nothing is asked for before the first answer to ARP.
+        let mac = stores.first().and_then(|store| link.neighbour(store.next_hop));
+        let mut sent = 0;
+        if let Some(mac) = mac {
+            let from_port = ports.port(*queue);
+            let mut write = |buffer: &mut [u8]| {
+                let transmit = engine.poll_transmit(now, buffer)?;
+                let store = stores.get(usize::from(transmit.store.0))?;
+                let to = Peer { mac, ip: store.ip, port: store.port };
+                Some(Outgoing { from_port, to, payload_bytes: transmit.len })
+            };
+            while link.send(&mut write) {
+                sent += 1;
+            }
+        }
+        link.flush();
+        sent
+    }
+}
+
+impl Planes {
+    /// Gives a datagram to the engine; a segment of a plane is kept in the plane's job.
+    #[inline]
+    fn take_datagram(
+        &mut self,
+        engine: &mut FetchEngine<EncodedChunks>,
+        counters: &PlaneCounters,
+        now_ns: u64,
+        store: StoreIndex,
+        mut mbuf: Mbuf,
+    ) -> Result<(), DropReason> {
+        let now = Instant::from_nanos(now_ns);
+        let Accepted::Segment { transfer, segment, data } = engine.handle_datagram(now, store, mbuf.data())? else {
+            counters.control_accepted.add(1);
+            return Ok(());
+        };
+        counters.segments_accepted.add(1);
+        let excess = mbuf.data().len() - data.end;
+        mbuf.trim_back(excess);
+        mbuf.trim_front(data.start);
+        let Some(job) = &mut self.0[transfer.slot()] else {
+            unreachable!("the engine accepts no segment of a plane that has arrived");
+        };
+        if job.transfer != Some(transfer) {
+            job.transfer = Some(transfer);
+            job.times.first_packet_ns = now_ns;
+        }
+        let segment = usize::try_from(segment).unwrap_or(usize::MAX);
+        job.segments[segment] = Some(mbuf);
+        Ok(())
+    }
+}
+
+impl Parts {
+    fn keep(&mut self, slot: usize, message: Box<QueueMessage>) {
+        self.0[slot] = Some(message);
+    }
+
+    fn fetch(&mut self, fetch: FetchId) -> Option<&mut FetchPart> {
+        match self.0.get_mut(PartId(fetch.0).slot())?.as_deref_mut()? {
+            QueueMessage::Fetch(part) if part.id.0 == fetch.0 => Some(part),
+            _ => None,
+        }
+    }
+
+    fn lookup(&mut self, lookup: LookupId) -> Option<&mut LookupPart> {
+        match self.0.get_mut(PartId(lookup.0).slot())?.as_deref_mut()? {
+            QueueMessage::Lookup(part) if part.id.0 == lookup.0 => Some(part),
+            _ => None,
+        }
+    }
+}
+
+fn store_of(stores: &[StoreAddress], from: &Peer) -> Option<StoreIndex> {
+    let index = stores.iter().position(|store| store.ip == from.ip && store.port == from.port)?;
+    u16::try_from(index).ok().map(StoreIndex)
+}
+
+/// Passes a packet on to the queue it is for, the store's number in front of it.
+fn pass_on(strays: &Ring<Mbuf>, store: StoreIndex, mut mbuf: Mbuf) -> Result<(), DropReason> {
+    let front = mbuf.prepend(2).ok_or(DropReason::QueueFull)?;
+    front.copy_from_slice(&store.0.to_le_bytes());
+    strays.enqueue(mbuf).map_err(|_| DropReason::QueueFull)
+}

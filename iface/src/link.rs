@@ -1,0 +1,426 @@
+//! One queue of a port: receives frames and hands over the datagrams for us, sends datagrams, answers ARP.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use dpdk::{Burst, Checksum, Eal, Mbuf, Pool, PoolConfig, PoolError, Port, PortConfig, PortError, RxQueue, TxQueue};
+use protocol::frame::{self, HardwareChecks, Incoming, Local, Peer, TxChecksum};
+use protocol::neighbour::{NeighbourConfig, NeighbourError, Neighbours};
+use protocol::reason::DropReason;
+use protocol::time::Instant;
+use protocol::wire::arp;
+use serde_json::{Map, Value, json};
+
+use crate::config::IfaceConfig;
+use crate::counter::Counter;
+use crate::steer::PortMap;
+
+/// Bytes of an mbuf beyond the IP packet: headroom, Ethernet and VLAN headers, and what drivers round up to.
+const MBUF_OVERHEAD_BYTES: u16 = 128 + 64;
+
+/// Smallest data room that every driver accepts.
+const MIN_DATA_ROOM_BYTES: u16 = 2048 + 128;
+
+/// A datagram for us, its mbuf trimmed to the payload.
+#[derive(Debug)]
+pub struct Datagram {
+    /// Who sent it.
+    pub from: Peer,
+    /// Which of our UDP ports it came to.
+    pub to_port: u16,
+    /// The payload.
+    pub mbuf: Mbuf,
+}
+
+/// A datagram whose payload was just written.
+#[derive(Debug, Clone, Copy)]
+pub struct Outgoing {
+    /// Which of our UDP ports it comes from.
+    pub from_port: u16,
+    /// Whom it goes to.
+    pub to: Peer,
+    /// Bytes of payload.
+    pub payload_bytes: usize,
+}
+
+/// Exact counts of one queue: `rx_packets = datagrams + arp + dropped`.
+#[derive(Debug, Default)]
+pub struct LinkCounters {
+    /// Frames received.
+    pub rx_packets: Counter,
+    /// Bytes of those frames.
+    pub rx_bytes: Counter,
+    /// Datagrams handed over.
+    pub rx_datagrams: Counter,
+    /// ARP requests and replies taken.
+    pub rx_arp: Counter,
+    /// Frames sent.
+    pub tx_packets: Counter,
+    /// Bytes of those frames.
+    pub tx_bytes: Counter,
+    /// Times that sending waited because no mbuf was free.
+    pub tx_nombuf: Counter,
+    /// Frames dropped, by reason; the owner of the link counts its own reasons here too.
+    pub dropped: DropCounters,
+}
+
+/// One counter per [`DropReason`].
+#[derive(Debug)]
+pub struct DropCounters([Counter; DropReason::COUNT]);
+
+impl Default for DropCounters {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Counter::default()))
+    }
+}
+
+impl DropCounters {
+    /// Counts one packet dropped for `reason`.
+    #[inline]
+    pub fn add(&self, reason: DropReason) {
+        self.0[reason.index()].add(1);
+    }
+
+    /// Packets dropped for `reason`.
+    #[must_use]
+    pub fn get(&self, reason: DropReason) -> u64 {
+        self.0[reason.index()].get()
+    }
+
+    /// `{"truncated": 0, ..}`
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let counts = DropReason::ALL.iter().map(|&reason| (reason.name().to_owned(), json!(self.get(reason))));
+        Value::Object(counts.collect::<Map<_, _>>())
+    }
+}
+
+impl LinkCounters {
+    /// All counts by name.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        json!({
+            "rx_packets": self.rx_packets.get(),
+            "rx_bytes": self.rx_bytes.get(),
+            "rx_datagrams": self.rx_datagrams.get(),
+            "rx_arp": self.rx_arp.get(),
+            "tx_packets": self.tx_packets.get(),
+            "tx_bytes": self.tx_bytes.get(),
+            "tx_nombuf": self.tx_nombuf.get(),
+            "dropped": self.dropped.to_json(),
+        })
+    }
+}
+
+/// MAC addresses of the next hops, shared by the queues of a port: whichever queue an answer comes to, all know it.
+#[derive(Debug)]
+pub struct MacTable {
+    entries: Vec<(IpAddr, AtomicU64)>,
+}
+
+/// Marks a word of [`MacTable`] as holding an address.
+const KNOWN: u64 = 1 << 48;
+
+impl MacTable {
+    /// A table of the next hops `ips`, none of them known.
+    #[must_use]
+    pub fn new(ips: impl IntoIterator<Item = IpAddr>) -> Self {
+        Self { entries: ips.into_iter().map(|ip| (ip, AtomicU64::new(0))).collect() }
+    }
+
+    /// The MAC address of `ip`, once it is known.
+    #[must_use]
+    pub fn get(&self, ip: IpAddr) -> Option<[u8; 6]> {
+        let word = self.entries.iter().find(|entry| entry.0 == ip)?.1.load(Relaxed);
+        let [_, _, mac @ ..] = word.to_be_bytes();
+        (word & KNOWN != 0).then_some(mac)
+    }
+
+    /// Notes the MAC address of `ip`; ignored if `ip` is no next hop of ours.
+    pub fn learn(&self, ip: IpAddr, mac: [u8; 6]) {
+        if let Some(entry) = self.entries.iter().find(|entry| entry.0 == ip) {
+            let [a, b, c, d, e, f] = mac;
+            entry.1.store(u64::from_be_bytes([0, 0, a, b, c, d, e, f]) | KNOWN, Relaxed);
+        }
+    }
+}
+
+/// One queue of a port. Belongs to one lcore.
+pub struct Link {
+    rx: RxQueue,
+    tx: TxQueue,
+    pool: Pool,
+    local: Local,
+    tx_checksum: TxChecksum,
+    max_payload_bytes: usize,
+    received: Burst,
+    sending: Burst,
+    /// Taken from the pool for a datagram that was not sent after all.
+    spare: Option<Mbuf>,
+    neighbours: Neighbours,
+    macs: Arc<MacTable>,
+    counters: Arc<LinkCounters>,
+}
+
+/// A host on our network that packets are sent to: a store or a gateway.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NextHop {
+    /// Its address.
+    pub ip: IpAddr,
+    /// Its MAC address, if it is given; otherwise ARP finds it.
+    pub mac: Option<[u8; 6]>,
+}
+
+/// An open port.
+pub struct Opened {
+    /// The port; dropping it stops the device.
+    pub port: Port,
+    /// One link per queue.
+    pub links: Vec<Link>,
+    /// Each queue's packet buffers.
+    pub pools: Vec<Pool>,
+    /// Each queue's UDP port.
+    pub ports: PortMap,
+    /// What is known of the next hops.
+    pub macs: Arc<MacTable>,
+}
+
+/// Why a port could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// the packet buffers could not be had
+    #[error("packet buffers of {device}: {source}")]
+    Pool {
+        /// the device
+        device: String,
+        /// what DPDK said
+        source: PoolError,
+    },
+    /// a next hop cannot be resolved
+    #[error(transparent)]
+    Neighbour(#[from] NeighbourError),
+    /// the device could not be opened
+    #[error(transparent)]
+    Port(#[from] PortError),
+}
+
+/// Numbers the pools of the process: their names must differ, and DPDK's are too short for a device's.
+static NEXT_POOL: AtomicU32 = AtomicU32::new(0);
+
+/// Opens the port of `config` and starts it. `peer` is whom the queues will talk to, if that is known, and serves to
+/// choose UDP ports that the device steers to the right queue; `next_hops` are the addresses to resolve by ARP.
+///
+/// # Errors
+/// When buffers or device cannot be had; the message says which and what to do.
+pub fn open(
+    eal: &Eal,
+    config: &IfaceConfig,
+    peer: Option<(IpAddr, u16)>,
+    next_hops: &[NextHop],
+) -> Result<Opened, OpenError> {
+    let data_room_bytes = (config.mtu + MBUF_OVERHEAD_BYTES).max(MIN_DATA_ROOM_BYTES);
+    let pool_config = PoolConfig { mbufs: config.mbufs, cache: 256, data_room_bytes, numa_node: None };
+    let pool_name = || format!("mbufs{}", NEXT_POOL.fetch_add(1, Relaxed));
+    let pools = (0..config.queues)
+        .map(|_| Pool::new(eal, &pool_name(), pool_config))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|source| OpenError::Pool { device: config.device.clone(), source })?;
+    let port_config = PortConfig {
+        rx_queues: config.queues,
+        tx_queues: config.queues,
+        rx_descriptors: config.rx_descriptors,
+        tx_descriptors: config.tx_descriptors,
+        mtu: config.mtu,
+        promiscuous: false,
+    };
+    let (port, rx, tx) = Port::open(eal, &config.device, &port_config, &pools)?;
+
+    let ip = config.address.ip;
+    let ports = match (port.rss(), peer) {
+        (Some(rss), Some((peer_ip, peer_port))) if config.queues > 1 => {
+            PortMap::steered(config.udp_port, config.queues, &rss, peer_ip, peer_port, ip)
+        }
+        _ => PortMap::consecutive(config.udp_port, config.queues),
+    };
+    let local = Local { mac: mac_of(&port, ip), ip, first_port: ports.first_port(), ports: ports.span() };
+    let tx_checksum =
+        if port.capabilities().tx_udp_checksum { TxChecksum::Hardware } else { TxChecksum::Software };
+    let macs = Arc::new(MacTable::new(next_hops.iter().map(|hop| hop.ip)));
+    let mut links = Vec::new();
+    for ((rx, tx), pool) in rx.into_iter().zip(tx).zip(&pools) {
+        let mut neighbours = Neighbours::new(local.mac, ip, &NeighbourConfig::default());
+        for hop in next_hops {
+            if let Some(mac) = hop.mac {
+                macs.learn(hop.ip, mac);
+            } else if links.is_empty() {
+                // One queue asks for all.
+                neighbours.add(Instant::ZERO, hop.ip)?;
+            }
+        }
+        links.push(Link {
+            rx,
+            tx,
+            pool: pool.clone(),
+            local,
+            tx_checksum,
+            max_payload_bytes: usize::from(config.mtu) + 14 - frame::header_bytes(&ip),
+            received: Burst::new(),
+            sending: Burst::new(),
+            spare: None,
+            neighbours,
+            macs: Arc::clone(&macs),
+            counters: Arc::default(),
+        });
+    }
+    Ok(Opened { port, links, pools, ports, macs })
+}
+
+/// The port's address. A virtual device may have none: then one that is locally administered, made of the IP
+/// address, so that both ends of a link differ.
+fn mac_of(port: &Port, ip: IpAddr) -> [u8; 6] {
+    match (port.mac(), ip) {
+        ([0, 0, 0, 0, 0, 0], IpAddr::V4(ip)) => {
+            let [a, b, c, d] = ip.octets();
+            [0x02, 0, a, b, c, d]
+        }
+        ([0, 0, 0, 0, 0, 0], IpAddr::V6(ip)) => {
+            let [.., a, b, c, d, e] = ip.octets();
+            [0x02, a, b, c, d, e]
+        }
+        (mac, _) => mac,
+    }
+}
+
+impl Link {
+    /// This queue's counters, for reading from any thread.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<LinkCounters> {
+        &self.counters
+    }
+
+    /// Receives one burst and hands each datagram for us to `deliver`; ARP packets go to the neighbour table. Returns the number of
+    /// frames received.
+    #[inline]
+    pub fn receive(&mut self, now_ns: u64, mut deliver: impl FnMut(Datagram)) -> usize {
+        let received = self.rx.receive(&mut self.received);
+        if received == 0 {
+            return 0;
+        }
+        let now = Instant::from_nanos(now_ns);
+        self.counters.rx_packets.add(received as u64);
+        while let Some(mbuf) = self.received.pop_front() {
+            self.counters.rx_bytes.add(mbuf.total_bytes() as u64);
+            match self.accept(now, mbuf) {
+                Ok(Some(datagram)) => {
+                    self.counters.rx_datagrams.add(1);
+                    deliver(datagram);
+                }
+                Ok(None) => self.counters.rx_arp.add(1),
+                Err(reason) => self.counters.dropped.add(reason),
+            }
+        }
+        received
+    }
+
+    #[inline]
+    fn accept(&mut self, now: Instant, mut mbuf: Mbuf) -> Result<Option<Datagram>, DropReason> {
+        if mbuf.segment_count() > 1 {
+            // Packets larger than a buffer: no queue is configured for them, so nobody we serve sends them.
+            return Err(DropReason::BadLength);
+        }
+        let checks = HardwareChecks {
+            ip_good: mbuf.ip_checksum() == Checksum::Good,
+            udp_good: mbuf.l4_checksum() == Checksum::Good,
+        };
+        match frame::parse(mbuf.data(), &self.local, checks)? {
+            Incoming::Datagram { from, to_port, payload } => {
+                let excess = mbuf.data().len() - payload.end;
+                mbuf.trim_back(excess);
+                mbuf.trim_front(payload.start);
+                Ok(Some(Datagram { from, to_port, mbuf }))
+            }
+            arp @ (Incoming::ArpRequest { sender_mac, sender_ip } | Incoming::ArpReply { sender_mac, sender_ip }) => {
+                self.neighbours.handle(now, &arp);
+                self.macs.learn(IpAddr::V4(sender_ip), sender_mac);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether [`Link::send`] has room in its burst.
+    #[must_use]
+    pub fn can_send(&self) -> bool {
+        !self.sending.is_full()
+    }
+
+    /// Queues one datagram. `write` puts the payload into the bytes that it is given, at most as many as the MTU
+    /// allows, and says to whom it goes, or `None` if there is nothing to send. Returns whether a datagram was queued;
+    /// when the burst is full or no buffer is free, `write` is not called.
+    #[inline]
+    pub fn send(&mut self, write: impl FnOnce(&mut [u8]) -> Option<Outgoing>) -> bool {
+        if self.sending.is_full() {
+            return false;
+        }
+        let Some(mut mbuf) = self.spare.take().or_else(|| self.pool.alloc()) else {
+            self.counters.tx_nombuf.add(1);
+            return false;
+        };
+        let header = frame::header_bytes(&self.local.ip);
+        let room = header + self.max_payload_bytes;
+        let Some(buffer) = mbuf.append(room) else { return false };
+        let queued = write(&mut buffer[header..]).and_then(|Outgoing { from_port, to, payload_bytes }| {
+            frame::emit_udp(buffer, &self.local, from_port, &to, payload_bytes, self.tx_checksum).ok()
+        });
+        let Some(frame_bytes) = queued else {
+            mbuf.trim_back(room);
+            self.spare = Some(mbuf);
+            return false;
+        };
+        mbuf.trim_back(room - frame_bytes);
+        if self.tx_checksum == TxChecksum::Hardware {
+            let ipv6 = self.local.ip.is_ipv6();
+            mbuf.request_tx_checksum(14, if ipv6 { 40 } else { 20 }, ipv6);
+        }
+        self.push(mbuf);
+        true
+    }
+
+    fn push(&mut self, mbuf: Mbuf) {
+        self.counters.tx_bytes.add(mbuf.total_bytes() as u64);
+        // Room was checked before the mbuf was filled.
+        let pushed = self.sending.push(mbuf);
+        debug_assert!(pushed.is_ok(), "the burst had room");
+    }
+
+    /// Gives queued datagrams to the device; what it does not take stays queued. Returns how many it took.
+    #[inline]
+    pub fn flush(&mut self) -> usize {
+        if self.sending.is_empty() {
+            return 0;
+        }
+        let sent = self.tx.send(&mut self.sending);
+        self.counters.tx_packets.add(sent as u64);
+        sent
+    }
+
+    /// Sends the ARP packets that are due.
+    #[inline]
+    pub fn poll_neighbours(&mut self, now_ns: u64) {
+        let now = Instant::from_nanos(now_ns);
+        while self.neighbours.poll_timeout().is_some_and(|due| due <= now) && self.can_send() {
+            let Some(mut mbuf) = self.pool.alloc() else { return };
+            let Some(buffer) = mbuf.append(arp::FRAME_BYTES) else { return };
+            if self.neighbours.poll_transmit(now, buffer).is_none() {
+                return;
+            }
+            self.push(mbuf);
+        }
+    }
+
+    /// The MAC address of a next hop, once known.
+    #[must_use]
+    pub fn neighbour(&self, ip: IpAddr) -> Option<[u8; 6]> {
+        self.macs.get(ip)
+    }
+}

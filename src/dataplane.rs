@@ -1,0 +1,97 @@
+//! `shadowserve dataplane`
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use dataplane::{Config, Placement, StageKind};
+use dpdk::Eal;
+
+use crate::flags::{self, DEFAULT_SOCKET, EalFlags, PortFlags, parse_mac};
+
+#[derive(Debug, Args)]
+pub(crate) struct Flags {
+    /// Where the store is: address and UDP port
+    #[arg(long, value_name = "ADDRESS:PORT", required = true)]
+    store: Option<SocketAddr>,
+    /// MAC address that packets for the store go to, instead of asking by ARP; needed with IPv6
+    #[arg(long, value_name = "MAC", value_parser = parse_mac)]
+    store_mac: Option<[u8; 6]>,
+    /// Router for stores on other networks
+    #[arg(long, value_name = "ADDRESS")]
+    gateway: Option<IpAddr>,
+    #[command(flatten)]
+    port: PortFlags,
+    /// First local UDP port; each rx queue uses one of its own from here on
+    #[arg(long, value_name = "PORT", default_value_t = 4800)]
+    udp_port: u16,
+    #[command(flatten)]
+    pub(crate) pipeline: PipelineFlags,
+    /// Unix socket where serving processes connect
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// Group whose members may connect, by name or number, beside this user
+    #[arg(long, value_name = "GROUP")]
+    group: Option<String>,
+    #[command(flatten)]
+    eal: EalFlags,
+}
+
+/// Placement and budgets.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PipelineFlags {
+    /// Which CPU runs which stage; a stage may have several CPUs, a CPU several stages: rx@2,decode@3-6,dma@7
+    #[arg(long, value_name = "STAGE@CPUS,...", default_value = "rx@0,decode@0,dma@0")]
+    pub(crate) lcores: Placement,
+    /// Slots for decoded planes
+    #[arg(long, value_name = "COUNT", default_value_t = 64)]
+    pub(crate) slots: usize,
+    /// Size of a slot, in KiB: the largest decoded plane (256 tokens of one layer's K or V)
+    #[arg(long, value_name = "KIB", default_value_t = 1024)]
+    pub(crate) slot_kib: usize,
+    /// Packets that may be asked for and not have arrived, over all queues
+    #[arg(long, value_name = "PACKETS", default_value_t = 512)]
+    pub(crate) window: u32,
+    /// Fetches carried out at once; more wait
+    #[arg(long, value_name = "COUNT", default_value_t = 64)]
+    pub(crate) max_fetches: u16,
+    /// Chunks (of 256 tokens) of one fetch
+    #[arg(long, value_name = "COUNT", default_value_t = 4096)]
+    pub(crate) max_chunks: u32,
+    /// Layers of the deepest model
+    #[arg(long, value_name = "COUNT", default_value_t = 128)]
+    pub(crate) max_layers: u16,
+    /// Least time without a packet after which those asked for count as lost, in microseconds
+    #[arg(long, value_name = "US", default_value_t = 5_000)]
+    pub(crate) rto_min_us: u64,
+}
+
+pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
+    let queues = u16::try_from(flags.pipeline.lcores.count(StageKind::Rx)).context("--lcores: too many queues")?;
+    let config = Config {
+        iface: flags.port.config(queues, flags.udp_port)?,
+        placement: flags.pipeline.lcores.clone(),
+        store: flags.store.context("--store is missing")?,
+        store_mac: flags.store_mac,
+        gateway: flags.gateway,
+        socket: flags.socket.clone(),
+        group: flags.group.clone(),
+        slots: flags.pipeline.slots,
+        slot_bytes: flags.pipeline.slot_kib << 10,
+        pages: flags.eal.pages(),
+        window_segments: flags.pipeline.window,
+        max_fetches: flags.pipeline.max_fetches,
+        max_chunks: flags.pipeline.max_chunks,
+        max_layers: flags.pipeline.max_layers,
+        rto_min: Duration::from_micros(flags.pipeline.rto_min_us),
+        idle_sleep: flags.eal.idle_sleep(),
+    };
+    config.next_hop()?;
+    let stop = flags::stop_on_signals()?;
+    let eal = Eal::start(&flags.eal.config(flags.pipeline.lcores.cpus(), &config.iface.device))?;
+    dataplane::run(&eal, &config, &stop)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,151 @@
+//! Flags that several subcommands share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use dpdk::EalConfig;
+use hugepages::PageChoice;
+use iface::{IfaceConfig, IpPrefix};
+use protocol::Namespace;
+
+/// Where `shadowserve` processes of one host meet.
+pub(crate) const DEFAULT_SOCKET: &str = "/run/shadowserve.sock";
+
+/// UDP port of a store.
+pub(crate) const STORE_UDP_PORT: u16 = 4791;
+
+/// The port, its addresses and the memory for packets.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PortFlags {
+    /// Device to use: a PCI address (0000:03:00.0) or a virtual device (net_memif0,role=client,socket=/run/memif.sock)
+    #[arg(long, value_name = "DEVICE", required = true)]
+    pub(crate) port: Option<String>,
+    /// Address of this end with its network's prefix length, IPv4 or IPv6
+    #[arg(long, value_name = "ADDRESS/BITS", required = true)]
+    pub(crate) ip: Option<IpPrefix>,
+    /// Largest IP packet, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = 1500)]
+    pub(crate) mtu: u16,
+    /// Packet buffers per queue
+    #[arg(long, value_name = "COUNT", default_value_t = 16384)]
+    pub(crate) mbufs: u32,
+    /// Receive descriptors per queue
+    #[arg(long, value_name = "COUNT", default_value_t = 1024)]
+    pub(crate) rx_descriptors: u16,
+    /// Transmit descriptors per queue
+    #[arg(long, value_name = "COUNT", default_value_t = 1024)]
+    pub(crate) tx_descriptors: u16,
+}
+
+impl PortFlags {
+    /// The port with `queues` queues and this end's first UDP port.
+    pub(crate) fn config(&self, queues: u16, udp_port: u16) -> anyhow::Result<IfaceConfig> {
+        Ok(IfaceConfig {
+            device: self.port.clone().context("--port is missing")?,
+            address: self.ip.context("--ip is missing")?,
+            udp_port,
+            mtu: self.mtu,
+            queues,
+            rx_descriptors: self.rx_descriptors,
+            tx_descriptors: self.tx_descriptors,
+            mbufs: self.mbufs,
+        })
+    }
+}
+
+/// How DPDK is started.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EalFlags {
+    /// Run on ordinary pages: slower, reaches no NIC, needs no privilege
+    #[arg(long)]
+    pub(crate) no_huge: bool,
+    /// Memory that DPDK takes at start, in MiB [default: as needed, with --no-huge 256]
+    #[arg(long, value_name = "MIB")]
+    pub(crate) dpdk_memory_mib: Option<u32>,
+    /// How long a lcore naps once it has been idle for a while, in microseconds; 0 polls without pause
+    #[arg(long, value_name = "US", default_value_t = 0)]
+    pub(crate) idle_sleep_us: u64,
+    /// TOML file with a table per subcommand and the names of these flags; flags win
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Arguments for DPDK's EAL, as they are
+    #[arg(last = true, value_name = "EAL ARGUMENTS")]
+    pub(crate) eal: Vec<String>,
+}
+
+impl EalFlags {
+    /// Workers pinned to `cpus`; `device` is made if it is a virtual one.
+    pub(crate) fn config(&self, cpus: impl IntoIterator<Item = usize>, device: &str) -> EalConfig {
+        EalConfig {
+            vdevs: device.starts_with("net_").then(|| device.to_owned()).into_iter().collect(),
+            lcores: cpus.into_iter().collect(),
+            file_prefix: format!("shadowserve-{}", std::process::id()),
+            huge: !self.no_huge,
+            memory_mib: self.dpdk_memory_mib,
+            extra: self.eal.clone(),
+            ..EalConfig::default()
+        }
+    }
+
+    pub(crate) fn idle_sleep(&self) -> Duration {
+        Duration::from_micros(self.idle_sleep_us)
+    }
+
+    /// Pages for our own memory.
+    pub(crate) fn pages(&self) -> PageChoice {
+        if self.no_huge { PageChoice::Base } else { PageChoice::Auto }
+    }
+}
+
+/// What chunks are named after, beside their tokens. Store and client must say the same.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct NamespaceFlags {
+    /// Name of the model that the KV belongs to
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    pub(crate) model: String,
+    /// How planes lie in a chunk
+    #[arg(long, value_name = "NAME", default_value = "nhd")]
+    pub(crate) layout: String,
+    /// Tensor-parallel rank
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) rank: u32,
+    /// Keeps tenants apart: keys of different salts never meet
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub(crate) salt: String,
+}
+
+impl NamespaceFlags {
+    pub(crate) fn namespace(&self, codec: compress::Codec) -> Namespace {
+        Namespace {
+            model: self.model.clone(),
+            layout: self.layout.clone(),
+            codec: codec.name().to_owned(),
+            rank: self.rank,
+            salt: self.salt.clone(),
+        }
+    }
+}
+
+/// A flag that SIGTERM and SIGINT set. A second signal ends the process at once.
+pub(crate) fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&stop))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
+            .context("signals cannot be handled")?;
+    }
+    Ok(stop)
+}
+
+/// `aa:bb:cc:dd:ee:ff`
+pub(crate) fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    let bytes: Option<Vec<u8>> =
+        text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
+    bytes
+        .and_then(|bytes| <[u8; 6]>::try_from(bytes).ok())
+        .ok_or_else(|| format!("`{text}` is not a MAC address: write for example 02:00:00:00:00:01"))
+}

@@ -1,0 +1,85 @@
+//! The serving stage: one queue's requests, answered from the chunks in memory.
+
+use std::sync::Arc;
+
+use iface::{Counter, Link, Outgoing, Stage};
+use protocol::serve::ServeEngine;
+use protocol::ChunkSource;
+
+use crate::chunks::ChunkStore;
+
+/// Exact counts of one queue, copied from its engine now and then for other threads to read.
+#[derive(Debug, Default)]
+pub struct ServeCounts {
+    /// Datagrams given to the engine.
+    pub datagrams: Counter,
+    /// DATA messages sent.
+    pub segments: Counter,
+    /// Bytes of chunks in them.
+    pub payload_bytes: Counter,
+}
+
+/// Serves one queue.
+pub(crate) struct ServeStage {
+    pub(crate) chunks: Arc<ChunkStore>,
+    pub(crate) link: Link,
+    pub(crate) engine: ServeEngine,
+    pub(crate) counts: Arc<ServeCounts>,
+    /// The port that answers come from: the one that data planes know, whatever the queue.
+    pub(crate) udp_port: u16,
+}
+
+impl Stage for ServeStage {
+    fn poll(&mut self, now_ns: u64) -> usize {
+        let received = self.receive(now_ns);
+        self.link.poll_neighbours(now_ns);
+        received + self.transmit()
+    }
+}
+
+impl ServeStage {
+    fn receive(&mut self, now_ns: u64) -> usize {
+        let Self { chunks, link, engine, counts, .. } = self;
+        let link_counters = Arc::clone(link.counters());
+        link.receive(now_ns, |datagram| {
+            counts.datagrams.add(1);
+            let payload = datagram.mbuf.data();
+            let answered =
+                engine.handle_datagram(datagram.from, payload, chunks.as_ref());
+            if let Err(reason) = answered {
+                link_counters.dropped.add(reason);
+            }
+        })
+    }
+
+    /// Sends until the burst is full or nothing waits; what the device does not take stays in the burst, and what did
+    /// not fit the burst stays in the engine's queue.
+    fn transmit(&mut self) -> usize {
+        let Self { chunks, link, engine, counts, udp_port } = self;
+        if engine.idle() {
+            link.flush();
+            return 0;
+        }
+        let mut write = |buffer: &mut [u8]| {
+            loop {
+                let transmit = engine.poll_transmit(buffer)?;
+                let mut payload_bytes = transmit.header_bytes;
+                if let Some((handle, range)) = transmit.payload {
+                    let Some(bytes) = chunks.bytes(handle).and_then(|chunk| chunk.get(range)) else { continue };
+                    let Some(room) = buffer.get_mut(payload_bytes..payload_bytes + bytes.len()) else { continue };
+                    room.copy_from_slice(bytes);
+                    payload_bytes += bytes.len();
+                    counts.segments.add(1);
+                    counts.payload_bytes.add(bytes.len() as u64);
+                }
+                return Some(Outgoing { from_port: *udp_port, to: transmit.to, payload_bytes });
+            }
+        };
+        let mut sent = 0;
+        while link.send(&mut write) {
+            sent += 1;
+        }
+        link.flush();
+        sent
+    }
+}
