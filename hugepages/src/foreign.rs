@@ -138,3 +138,53 @@ fn page_size_of(fd: &OwnedFd) -> Result<PageSize, AdoptError> {
         .find(|page| u64::try_from(page.bytes()) == Ok(bytes))
         .ok_or(AdoptError::PageSize(bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::path::Path;
+    use std::process::Command;
+
+    use rustix::fs::FallocateFlags;
+
+    use super::*;
+
+    const PAGE: usize = 2 << 20;
+
+    /// A file of one page, mapped, which promises it the page.
+    fn mapped(folder: &Path, name: &str) -> Result<Arena, Errno> {
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).open(folder.join(name));
+        let file = file.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        rustix::fs::ftruncate(&file, 2 << 20)?;
+        Arena::map(file.into(), PAGE, PageSize::Huge2M)
+    }
+
+    /// What a peer would do: free a page by a hole, and let somebody else have it. A mount that may hold two pages stands
+    /// for a machine that has no more.
+    #[test]
+    fn a_page_that_was_taken_away_is_an_error_and_not_a_fault() {
+        let folder = tempfile::tempdir().unwrap();
+        let mount = ["-t", "hugetlbfs", "-o", "pagesize=2M,size=4M", "hugetlbfs"];
+        let mounted = Command::new("mount").args(mount).arg(folder.path()).output();
+        if !mounted.is_ok_and(|mount| mount.status.success()) {
+            eprintln!("not tested: hugetlbfs cannot be mounted here");
+            return;
+        }
+        let outcome = (|| {
+            let (ours, _others) = (mapped(folder.path(), "ours")?, mapped(folder.path(), "others")?);
+            ours.allocate()?;
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&ours.fd, hole, 0, 2 << 20)?;
+            let _taker = mapped(folder.path(), "taker")?;
+            Ok::<_, Errno>((ours.allocate(), mapped(folder.path(), "too many").err()))
+        })();
+        let unmounted = Command::new("umount").arg(folder.path()).status().unwrap();
+        assert!(unmounted.success());
+        match outcome {
+            Ok(refused) => assert_eq!(refused, (Err(Errno::NOSPC), Some(Errno::NOMEM))),
+            Err(Errno::NOMEM | Errno::NOSPC) => eprintln!("not tested: no 2 free hugepages"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}

@@ -57,3 +57,27 @@ fn set_policy(mode: libc::c_int, mask: &[libc::c_ulong; MASK_WORDS]) -> io::Resu
     let rc = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, bits) };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_is_bound_while_the_guard_lives() {
+        let policy =
+            || current_policy().map(std::mem::ManuallyDrop::new).map(|policy| (policy.mode, policy.mask));
+        let before = match policy() {
+            Ok(before) => before,
+            Err(error) => return eprintln!("not tested: memory policies are forbidden here ({error})"),
+        };
+        let bound = match BoundThread::bind(0) {
+            Ok(bound) => bound,
+            Err(error) => return eprintln!("not tested: memory policies are forbidden here ({error})"),
+        };
+        let (mode, mask) = policy().unwrap();
+        assert_eq!((mode, mask[0], mask[1..].iter().sum::<u64>()), (libc::MPOL_BIND, 1, 0));
+        drop(bound);
+        assert_eq!(policy().unwrap(), before);
+        assert_eq!(BoundThread::bind(u32::MAX).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+}

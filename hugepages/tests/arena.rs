@@ -89,7 +89,7 @@ fn memory_comes_from_the_node_asked_for() {
         }
         Err(error) => panic!("{error}"),
     };
-    let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap_or_default();
+    let maps = std::fs::read_to_string("/proc/thread-self/numa_maps").unwrap_or_default();
     let Some(line) = maps.lines().find(|line| line.starts_with(&format!("{:x}", arena.addr()))) else {
         eprintln!("not tested: no numa_maps here");
         return;
