@@ -8,7 +8,7 @@ use crate::format::PlaneEntry;
 use crate::frame::{self, FrameError};
 use crate::payload::{Layout, LayoutError, SECTION_LENGTH_BYTES, max_encoded_bytes};
 use crate::quantize::largest_code;
-use crate::{Codec, Dtype, Shape, checksum, dtype, lossless};
+use crate::{Codec, Dtype, Quantizer, Shape, checksum, dtype, lossless};
 
 /// Why a plane can't be decoded. Nothing was written to the destination, and the decoder can take the next plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -309,7 +309,9 @@ impl Inner {
                 let (scale_bytes, rest) = encoded.split_at(layout.scale_bytes);
                 let (offset_bytes, section) = rest.split_at(layout.scale_bytes);
                 let groups = Groups { scale_bytes, offset_bytes, dtype: scale_dtype };
-                let (scales, offsets) = groups.widen(largest_code(entry.codec), scales, offsets)?;
+                let pairs = entry.quantizer == Quantizer::PerChannel
+                    && dequantize::in_pairs(entry.codec, shape.head_dim.into());
+                let (scales, offsets) = groups.widen(largest_code(entry.codec), pairs, scales, offsets)?;
                 let codes = frame::read_section(zstd, section, layout.code_bytes, codes)?;
                 let head_dim = usize::from(shape.head_dim);
                 let (codec, quantizer) = (entry.codec, entry.quantizer);
@@ -350,43 +352,59 @@ struct Groups<'a> {
 
 impl Groups<'_> {
     /// Widens scales and offsets to `f32` into the front of scratch, refusing those that would give any element that
-    /// is not a finite bfloat16.
+    /// is not a finite bfloat16. With `in_pairs`, the even groups come first, then the odd ones.
     fn widen<'s>(
         &self,
         largest_code: u8,
+        in_pairs: bool,
         scales: &'s mut [f32],
         offsets: &'s mut [f32],
     ) -> Result<(&'s [f32], &'s [f32]), DecodeError> {
         let groups = self.scale_bytes.len() / Dtype::BYTES;
         let (scales, offsets) = (&mut scales[..groups], &mut offsets[..groups]);
         match self.dtype {
-            Dtype::Bf16 => widen(self.scale_bytes, scales, dtype::bf16_to_f32),
-            Dtype::F16 => widen(self.scale_bytes, scales, dtype::f16_to_f32),
-        }
-        match self.dtype {
-            Dtype::Bf16 => widen(self.offset_bytes, offsets, dtype::bf16_to_f32),
-            Dtype::F16 => widen(self.offset_bytes, offsets, dtype::f16_to_f32),
+            Dtype::Bf16 => {
+                widen(self.scale_bytes, in_pairs, scales, dtype::bf16_to_f32);
+                widen(self.offset_bytes, in_pairs, offsets, dtype::bf16_to_f32);
+            }
+            Dtype::F16 => {
+                widen(self.scale_bytes, in_pairs, scales, dtype::f16_to_f32);
+                widen(self.offset_bytes, in_pairs, offsets, dtype::f16_to_f32);
+            }
         }
         // Elements lie between that of code 0 and that of the largest code: rounding keeps their order.
         let largest_code = f32::from(largest_code);
         let in_range = |scale: f32, offset: f32| {
             let (first, last) = (offset.abs(), (largest_code * scale + offset).abs());
             // False for a NaN too.
-            first <= dtype::BF16_MAX && last <= dtype::BF16_MAX
+            (first <= dtype::BF16_MAX) & (last <= dtype::BF16_MAX)
         };
-        let pairs = || scales.iter().zip(offsets.iter());
-        if pairs().fold(true, |all, (&scale, &offset)| all & in_range(scale, offset)) {
+        if scales
+            .iter()
+            .zip(offsets.iter())
+            .fold(true, |all, (&scale, &offset)| all & in_range(scale, offset))
+        {
             return Ok((scales, offsets));
         }
-        let group = pairs().position(|(&scale, &offset)| !in_range(scale, offset)).unwrap_or(0);
-        let bits = |bytes: &[u8]| u16::from_le_bytes([bytes[2 * group], bytes[2 * group + 1]]);
-        let (scale_bits, offset_bits) = (bits(self.scale_bytes), bits(self.offset_bytes));
+        let bits = |bytes: &[u8], group: usize| u16::from_le_bytes([bytes[2 * group], bytes[2 * group + 1]]);
+        let (group, scale_bits, offset_bits) = (0..groups)
+            .map(|group| (group, bits(self.scale_bytes, group), bits(self.offset_bytes, group)))
+            .find(|&(_, scale, offset)| !in_range(self.dtype.widen(scale), self.dtype.widen(offset)))
+            .unwrap_or_default();
         Err(DecodeError::Scale { group, scale_bits, offset_bits })
     }
 }
 
-fn widen(bytes: &[u8], values: &mut [f32], widen: impl Fn(u16) -> f32) {
-    for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(Dtype::BYTES)) {
-        *value = widen(u16::from_le_bytes([bytes[0], bytes[1]]));
+fn widen(bytes: &[u8], in_pairs: bool, values: &mut [f32], widen: impl Fn(u16) -> f32) {
+    let bits = |bytes: &[u8]| u16::from_le_bytes([bytes[0], bytes[1]]);
+    if in_pairs {
+        let (evens, odds) = values.split_at_mut(values.len() / 2);
+        for ((even, odd), bytes) in evens.iter_mut().zip(odds).zip(bytes.chunks_exact(2 * Dtype::BYTES)) {
+            (*even, *odd) = (widen(bits(bytes)), widen(bits(&bytes[Dtype::BYTES..])));
+        }
+    } else {
+        for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(Dtype::BYTES)) {
+            *value = widen(bits(bytes));
+        }
     }
 }
