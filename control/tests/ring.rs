@@ -79,7 +79,8 @@ proptest! {
     #[test]
     fn behaves_as_a_queue(power in 6u32..10, steps in steps(64)) {
         let capacity = 1_usize << power;
-        let (mut sender, mut receiver) = pair(&arena(), capacity);
+        let arena = arena();
+        let (mut sender, mut receiver) = pair(&arena, capacity);
         let mut model = VecDeque::new();
         let mut out = vec![9; 3];
         for step in steps {
@@ -104,6 +105,10 @@ proptest! {
                 }
             }
         }
+        // Nothing but the ring has been written to.
+        let mut beyond = vec![0; arena.bytes() - DATA_AT - capacity];
+        arena.copy_out(DATA_AT + capacity, &mut beyond).unwrap();
+        prop_assert!(beyond.iter().all(|&byte| byte == 0));
     }
 
     /// Whatever the other process writes, wherever it writes it: a message, an error, never a panic; and an
@@ -202,7 +207,7 @@ fn send_all(mut endpoint: Endpoint, count: u32) -> Endpoint {
             endpoint.set_sleeping(false);
         }
         // Now and then the consumer drains everything and goes to sleep.
-        if n % 1000 == 0 {
+        if n % 1000 == 999 {
             std::thread::sleep(Duration::from_micros(200));
         }
     }
@@ -229,11 +234,7 @@ fn receive_all(mut endpoint: Endpoint, count: u32) -> Endpoint {
 #[test]
 fn threads_wake_each_other() {
     let count = 200_000;
-    let ours = create().unwrap();
-    let theirs = open(ours.fd().try_clone_to_owned().unwrap()).unwrap();
-    let (line, other_line) = line_pair().unwrap();
-    let server = Endpoint::new(ours, Side::DataPlane, Arc::new(line)).unwrap();
-    let client = Endpoint::new(theirs, Side::Client, Arc::new(other_line)).unwrap();
+    let (server, client) = endpoints();
     let sending = std::thread::spawn(move || send_all(client, count));
     let receiving = std::thread::spawn(move || receive_all(server, count));
     let (client, server) = (sending.join().unwrap(), receiving.join().unwrap());
@@ -243,13 +244,48 @@ fn threads_wake_each_other() {
     drop(sending.join().unwrap());
 }
 
-#[test]
-fn a_heartbeat_counts_only_while_watched() {
+fn endpoints() -> (Endpoint, Endpoint) {
     let ours = create().unwrap();
     let theirs = open(ours.fd().try_clone_to_owned().unwrap()).unwrap();
     let (line, other_line) = line_pair().unwrap();
-    let mut server = Endpoint::new(ours, Side::DataPlane, Arc::new(line)).unwrap();
-    let client = Endpoint::new(theirs, Side::Client, Arc::new(other_line)).unwrap();
+    let server = Endpoint::new(ours, Side::DataPlane, Arc::new(line)).unwrap();
+    (server, Endpoint::new(theirs, Side::Client, Arc::new(other_line)).unwrap())
+}
+
+/// Waits for one message and sends it back, `rounds` times. Looks a different number of times before it goes to
+/// sleep, so that the other side's message comes at every moment of that.
+fn echo(mut endpoint: Endpoint, rounds: u32, first: bool) {
+    let mut bytes = Vec::new();
+    if first {
+        assert_eq!(endpoint.send(&[1]), Ok(Sent::Sent));
+    }
+    for round in 0..rounds {
+        let mut patience = round.wrapping_mul(2_654_435_761) >> 24;
+        while !endpoint.receive(&mut bytes).unwrap() {
+            if patience > 0 {
+                patience -= 1;
+            } else if endpoint.set_sleeping(true) {
+                wait(&endpoint);
+                endpoint.set_sleeping(false);
+            }
+        }
+        assert_eq!(endpoint.send(&bytes), Ok(Sent::Sent));
+    }
+}
+
+/// One message at a time, there and back: each is the last that is sent, so that a wake-up that is lost is
+/// never made up for by the next.
+#[test]
+fn every_single_message_wakes() {
+    let (server, client) = endpoints();
+    let other = std::thread::spawn(move || echo(client, 200_000, false));
+    echo(server, 200_000, true);
+    other.join().unwrap();
+}
+
+#[test]
+fn a_heartbeat_counts_only_while_watched() {
+    let (mut server, client) = endpoints();
     let (limit, ms) = (Duration::from_millis(400), 1_000_000);
     let mut now = 5_000 * ms;
     for _ in 0..50 {

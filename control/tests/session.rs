@@ -201,6 +201,19 @@ fn nobody_listens_or_nobody_may() {
 }
 
 #[test]
+fn who_may_not_connect_is_told_about_the_group() {
+    if rustix::process::geteuid().is_root() {
+        eprintln!("skipped: root may connect to any socket");
+        return;
+    }
+    let place = Place::new();
+    let _listener = Listener::bind(place.path(), 0o000, None).unwrap();
+    let error = ClientSession::connect(&place.path(), "tester", WAIT).unwrap_err();
+    assert!(matches!(error, AttachError::Permission { .. }), "{error}");
+    assert!(error.to_string().contains("group"), "{error}");
+}
+
+#[test]
 fn commands_and_completions_cross() {
     let place = Place::new();
     let listener = Listener::bind(place.path(), 0o660, None).unwrap();
