@@ -5,6 +5,8 @@
 //! same bits.
 
 use crate::dtype::{self, Dtype};
+#[cfg(target_arch = "x86_64")]
+use crate::lookup;
 use crate::{Codec, Quantizer};
 
 /// The instruction set that the kernels were compiled for.
@@ -71,7 +73,27 @@ pub(crate) fn dequantize(isa: Isa, job: &Job<'_>, out: &mut [u8]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn plane_avx2(job: &Job<'_>, out: &mut [u8]) {
-    plane(job, out);
+    let looked_up = job.codec == Codec::Int4 && job.quantizer == Quantizer::PerTokenAndHead;
+    if !(looked_up && lookup::takes(job.head_dim)) {
+        return plane(job, out);
+    }
+    let rows =
+        out.chunks_exact_mut(job.head_dim * Dtype::BYTES).zip(job.codes.chunks_exact(job.head_dim / 2));
+    for ((out, codes), (&scale, &offset)) in rows.zip(job.scales.iter().zip(job.offsets)) {
+        let table = match job.out_dtype {
+            Dtype::Bf16 => table(scale, offset, dtype::f32_to_bf16_in_range),
+            Dtype::F16 => table(scale, offset, dtype::f32_to_f16),
+        };
+        // SAFETY: the CPU has AVX2, as this function demands.
+        unsafe { lookup::row(&table, codes, out) }
+    }
+}
+
+/// The elements of codes 0 to 15.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn table(scale: f32, offset: f32, narrow: impl Fn(f32) -> u16) -> [u16; 16] {
+    std::array::from_fn(|code| narrow(f32::from(u8::try_from(code).unwrap_or(0)) * scale + offset))
 }
 
 /// Chooses the loop once for the whole plane.
@@ -239,5 +261,75 @@ fn rows_one_by_one(job: &Job<'_>, out: &mut [u8], narrow: impl Fn(f32) -> u16 + 
         };
         let group = if job.quantizer == Quantizer::PerChannel { element % job.scales.len() } else { row };
         out.copy_from_slice(&narrow(f32::from(code) * job.scales[group] + job.offsets[group]).to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every kernel against element-by-element computation, for head sizes that take each of the paths.
+    #[test]
+    fn every_instruction_set_gives_the_same_elements() {
+        let isas = [Isa::Baseline, Isa::detect()];
+        for (head_dim, heads, tokens) in
+            [(64, 3, 5), (128, 2, 4), (192, 1, 3), (12, 3, 7), (6, 2, 5), (80, 1, 2)]
+        {
+            for codec in [Codec::Int8, Codec::Int4] {
+                for quantizer in [Quantizer::PerChannel, Quantizer::PerTokenAndHead] {
+                    for out_dtype in [Dtype::Bf16, Dtype::F16] {
+                        compare(&isas, [head_dim, heads, tokens], codec, quantizer, out_dtype);
+                    }
+                }
+            }
+        }
+    }
+
+    fn compare(isas: &[Isa], dims: [usize; 3], codec: Codec, quantizer: Quantizer, out_dtype: Dtype) {
+        let [head_dim, heads, tokens] = dims;
+        let elements = head_dim * heads * tokens;
+        let random = |index: usize| u8::try_from(index * 7919 / 13 % 256).unwrap_or(0);
+        let codes: Vec<u8> =
+            (0..if codec == Codec::Int4 { elements / 2 } else { elements }).map(random).collect();
+        let groups = if quantizer == Quantizer::PerChannel { head_dim * heads } else { heads * tokens };
+        // From subnormals of binary16 to beyond its largest.
+        let scales: Vec<f32> = (0..groups).map(|group| f32::from(random(group)).powi(9) * 1e-18).collect();
+        let offsets: Vec<f32> = (0..groups).map(|group| f32::from(random(group * 3)) * -0.01).collect();
+        let expected: Vec<u8> = (0..elements)
+            .map(|element| (element, element / head_dim, element % head_dim))
+            .map(|(element, row, j)| match codec {
+                Codec::Int4 if j < head_dim / 2 => (element, codes[row * head_dim / 2 + j] % 16),
+                Codec::Int4 => (element, codes[row * head_dim / 2 + j - head_dim / 2] / 16),
+                _ => (element, codes[element]),
+            })
+            .flat_map(|(element, code)| {
+                let group =
+                    if quantizer == Quantizer::PerChannel { element % groups } else { element / head_dim };
+                out_dtype.narrow(f32::from(code) * scales[group] + offsets[group]).to_le_bytes()
+            })
+            .collect();
+        let ordered = |values: &[f32]| -> Vec<f32> {
+            if quantizer == Quantizer::PerChannel && in_pairs(codec, head_dim) {
+                let evens = values.iter().step_by(2);
+                evens.chain(values.iter().skip(1).step_by(2)).copied().collect()
+            } else {
+                values.to_vec()
+            }
+        };
+        let (scales, offsets) = (ordered(&scales), ordered(&offsets));
+        for &isa in isas {
+            let job = Job {
+                codes: &codes,
+                scales: &scales,
+                offsets: &offsets,
+                head_dim,
+                codec,
+                quantizer,
+                out_dtype,
+            };
+            let mut out = vec![0; elements * 2];
+            dequantize(isa, &job, &mut out);
+            assert!(out == expected, "{isa:?} {codec} {quantizer} {out_dtype} {dims:?}");
+        }
     }
 }

@@ -19,6 +19,8 @@ mod dtype;
 mod encoder;
 mod format;
 mod frame;
+#[cfg(target_arch = "x86_64")]
+mod lookup;
 mod lossless;
 mod payload;
 mod quantize;

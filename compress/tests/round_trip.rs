@@ -122,3 +122,58 @@ proptest! {
         prop_assert_eq!(&reference::unpack(codec, &shape, &packed), &quantized.codes);
     }
 }
+
+/// The ends of the range, where spans and products leave `f32` unless care is taken.
+#[test]
+fn the_largest_elements_of_both_signs_stay_finite() {
+    for (dtype, largest) in [(Dtype::Bf16, 0x7f7f_u16), (Dtype::F16, 0x7bff)] {
+        let shape = Shape { layers: 1, kv_heads: 1, head_dim: 64, tokens: 32, dtype };
+        for pattern in
+            [[largest, largest | 0x8000], [largest, 0], [largest | 0x8000; 2], [0x8000, 0], [1, 0x8001]]
+        {
+            // Two tokens alike, then two of the other element, so that channels and rows both see the span.
+            let element = |element: usize| pattern[(element / 128 + element % 2) % 2].to_le_bytes();
+            let plane: Vec<u8> = (0..shape.elements_per_plane()).flat_map(element).collect();
+            for codec in [Codec::Int8, Codec::Int4] {
+                let mut chunk = Vec::new();
+                Encoder::new(codec, 1).encode_chunk(&[0; 32], &shape, |_, _| &plane, &mut chunk).unwrap();
+                let mut decoder = Decoder::new(shape.plane_bytes());
+                for (index, entry) in ChunkView::parse(&chunk).unwrap().planes().enumerate() {
+                    let start = usize::try_from(entry.offset).unwrap();
+                    let encoded = &chunk[start..start + usize::try_from(entry.bytes).unwrap()];
+                    let decoded = decode_between_canaries(&mut decoder, &shape, &entry, encoded, 1000, dtype);
+                    let (layer, side) = plane_of(index);
+                    let expected =
+                        compress::reference_decode(codec, &shape, layer, side, &plane, dtype).unwrap();
+                    assert_eq!(decoded, expected);
+                    let mask = if dtype == Dtype::Bf16 { 0x7f80 } else { 0x7c00 };
+                    let finite = |bytes: &[u8]| u16::from_le_bytes([bytes[0], bytes[1]]) & mask != mask;
+                    assert!(decoded.chunks(2).all(finite), "{codec} {dtype} {pattern:x?}");
+                }
+            }
+        }
+    }
+}
+
+/// No element is further from what arrives than half a scale and the rounding of the result.
+#[test]
+fn the_error_is_at_most_half_a_scale() {
+    let shape = Shape { layers: 1, kv_heads: 2, head_dim: 64, tokens: 100, dtype: Dtype::Bf16 };
+    let value =
+        |element: usize| half::bf16::from_f64((element as f64 * 0.7).sin() * (1.0 + (element % 64) as f64));
+    let values: Vec<half::bf16> = (0..shape.elements_per_plane()).map(value).collect();
+    let plane: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    for (codec, side) in
+        [(Codec::Int8, Side::K), (Codec::Int8, Side::V), (Codec::Int4, Side::K), (Codec::Int4, Side::V)]
+    {
+        let decoded = compress::reference_decode(codec, &shape, 0, side, &plane, Dtype::Bf16).unwrap();
+        let groups = reference::quantize(codec, &shape, side, &plane).unwrap().groups;
+        for (element, (value, bytes)) in values.iter().zip(decoded.chunks(2)).enumerate() {
+            let group = if side == Side::K { element % 128 } else { element / 64 };
+            let scale = half::bf16::from_bits(groups[group].0).to_f64();
+            let got = half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f64();
+            let error = (got - value.to_f64()).abs();
+            assert!(error <= scale / 2.0 + got.abs() / 256.0, "{codec} {side} {element}: {error} {scale}");
+        }
+    }
+}

@@ -1,4 +1,5 @@
 //! Planes to measure with: synthetic ones that look like KV, or those of a file.
+#![allow(dead_code, reason = "each of the programs that share this file uses a part of it")]
 
 use compress::{Dtype, Shape, Side, plane_of};
 use safetensors::{Dtype as FileDtype, SafeTensors};
@@ -25,7 +26,6 @@ impl Planes {
     }
 
     /// The chunks of the file named by `SHADOWSERVE_KV`, if it is set.
-    #[allow(dead_code, reason = "each of the programs that share this file uses a part of it")]
     pub(crate) fn from_environment() -> Option<Self> {
         let path = std::env::var("SHADOWSERVE_KV").ok()?;
         let file = std::fs::read(&path).unwrap_or_else(|error| panic!("can't read {path}: {error}"));
