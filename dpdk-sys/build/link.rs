@@ -2,6 +2,7 @@
 
 use super::{Dpdk, feature, pkg_config};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// DPDK's own libraries and the drivers that need nothing but them. Those that only newer or only older releases have are skipped
 /// where they are absent, as are drivers of other processor families.
@@ -43,7 +44,6 @@ const LIBRARIES: &[&str] = &[
     "net_vhost",
     "net_af_packet",
     "net_tap",
-    "net_memif",
     "net_ring",
     "net_null",
     "compress_zlib",
@@ -64,9 +64,9 @@ const WITH_LIBRARIES: &[(&str, &[&str], &[&str])] = &[
 /// What DPDK's libraries themselves need.
 const BASE: &[&str] = &["z", "numa", "bsd", "md"];
 
-pub(crate) fn link(dpdk: &Dpdk) {
+pub(crate) fn link(dpdk: &Dpdk, out: &Path) {
     println!("cargo:rustc-link-search=native={}", dpdk.libdir.display());
-    if feature("shared") { shared() } else { statically(dpdk) }
+    if feature("shared") { shared() } else { statically(dpdk, out) }
 }
 
 /// The application side alone; EAL loads the drivers from the folder that libdpdk was built with. net_ring is named because
@@ -82,10 +82,11 @@ fn shared() {
     println!("cargo:rustc-link-lib=dylib=rte_net_ring");
 }
 
-fn statically(dpdk: &Dpdk) {
+fn statically(dpdk: &Dpdk, out: &Path) {
     for library in LIBRARIES {
         dpdk_library(dpdk, library);
     }
+    memif(dpdk, out);
     let mut needed = Vec::new();
     for (name, drivers, libraries) in WITH_LIBRARIES {
         if feature(name) {
@@ -118,6 +119,29 @@ fn dpdk_library(dpdk: &Dpdk, name: &str) {
 /// Libraries whose static form lacks parts where the archive holds this name. Debian 13's libelf asks for zstd, which the program may
 /// have of its own, and for functions of elfutils that no package has as an archive.
 const INCOMPLETE: &[(&str, &str)] = &[("elf", "ZSTD_createCCtx")];
+
+/// Links the memif driver with some of the functions that it calls renamed to ours, which mend what it does; `shim/memif.c` tells.
+fn memif(dpdk: &Dpdk, out: &Path) {
+    const NAME: &str = "shim_net_memif";
+    let archive = dpdk.libdir.join("librte_net_memif.a");
+    assert!(
+        archive.exists(),
+        "{} is missing: install libdpdk-dev, or build with the feature `shared`",
+        archive.display()
+    );
+    let renamed = out.join(format!("lib{NAME}.a"));
+    let program = std::env::var("OBJCOPY").unwrap_or_else(|_| "objcopy".to_owned());
+    let status = Command::new(&program)
+        .args(["--redefine-sym", "munmap=shim_memif_unmap"])
+        .args(["--redefine-sym", "rte_intr_callback_register=shim_memif_register"])
+        .args(["--redefine-sym", "rte_intr_instance_free=shim_memif_intr_free"])
+        .args([&archive, &renamed])
+        .status()
+        .unwrap_or_else(|error| panic!("cannot run {program} ({error}): apt-get install binutils"));
+    assert!(status.success(), "{program} could not copy {}", archive.display());
+    println!("cargo:rustc-link-search=native={}", out.display());
+    println!("cargo:rustc-link-lib=static:+whole-archive,-bundle={NAME}");
+}
 
 /// Links another project's library: statically where it is installed so and whole, dynamically otherwise.
 fn external(dpdk: &Dpdk, name: &str) {

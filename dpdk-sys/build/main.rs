@@ -21,7 +21,7 @@ fn main() {
     for folder in ["build", "shim"] {
         println!("cargo:rerun-if-changed={folder}");
     }
-    for variable in ["PKG_CONFIG_PATH", "PKG_CONFIG"] {
+    for variable in ["PKG_CONFIG_PATH", "PKG_CONFIG", "OBJCOPY"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let dpdk = Dpdk {
@@ -33,7 +33,7 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     bindings::generate(&dpdk, &out);
     compile_shim(&dpdk);
-    link::link(&dpdk);
+    link::link(&dpdk, &out);
     println!("cargo:version={}", dpdk.version);
 }
 
@@ -65,7 +65,12 @@ fn check_version(version: &str) {
 
 fn compile_shim(dpdk: &Dpdk) {
     let mut shim = cc::Build::new();
-    shim.flag_if_supported("-Wno-address-of-packed-member").opt_level(2).file("shim/shim.c");
+    // Interrupt handles, which memif.c needs, have been "experimental" since 2021.
+    shim.define("ALLOW_EXPERIMENTAL_API", None)
+        .flag_if_supported("-Wno-address-of-packed-member")
+        .opt_level(2)
+        .file("shim/shim.c")
+        .file("shim/memif.c");
     for flag in &dpdk.cflags {
         shim.flag(flag);
     }

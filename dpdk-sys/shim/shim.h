@@ -51,6 +51,13 @@ uint64_t shim_tsc(void);
 uint16_t shim_rx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
 uint16_t shim_tx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
 
+/* The same for net_memif, safe while the peer comes and goes; see memif.c. */
+uint16_t shim_memif_rx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
+uint16_t shim_memif_tx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
+/* Starts a configured net_memif port; a client keeps trying to reach its server until it is closed. */
+int shim_memif_start(uint16_t port, int is_client);
+void shim_memif_close(uint16_t port);
+
 /* 1 when the link is up; never waits for it. */
 int shim_link_up(uint16_t port);
 

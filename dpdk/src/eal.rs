@@ -73,6 +73,7 @@ impl Eal {
         if config.huge {
             crate::hugefiles::remove_stale(config.effective_file_prefix());
         }
+        config.vdevs.iter().for_each(|device| crate::memif::remove_stale_socket(device));
         init(&arguments, config.huge)?;
         let inner = EalInner {
             workers: config.lcores.iter().map(|_| Arc::default()).collect(),
@@ -116,6 +117,7 @@ impl Eal {
     /// When no driver takes it.
     pub fn attach(&self, device: &str) -> Result<String, AttachError> {
         let arguments = CString::new(device).map_err(|_| AttachError::BadArgument(device.to_owned()))?;
+        crate::memif::remove_stale_socket(device);
         // SAFETY: reads a NUL-terminated string.
         let code = unsafe { dpdk_sys::rte_dev_probe(arguments.as_ptr()) };
         if code != 0 {

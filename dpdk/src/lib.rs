@@ -17,6 +17,7 @@ mod eal_args;
 mod hugefiles;
 mod lcore;
 mod mbuf;
+mod memif;
 mod pool;
 mod port;
 mod port_config;

@@ -8,7 +8,8 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use dpdk_sys::{rte_eth_dev_info, rte_eth_stats};
 
-use crate::eal::{Eal, EalInner};
+use crate::eal::{AttachError, Eal, EalInner};
+use crate::memif;
 use crate::pool::Pool;
 use crate::port_config::{self, Capabilities, Plan, PortConfig};
 use crate::queue::{RxQueue, TxQueue};
@@ -29,6 +30,9 @@ pub enum PortError {
         /// Names of the ports that exist.
         known: String,
     },
+    /// It was named with arguments, or is a PCI device that was not probed at start, and cannot be had.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// It is open already.
     #[error("port {0:?} is already open")]
     AlreadyOpen(String),
@@ -163,8 +167,10 @@ unsafe impl Sync for PortInner {}
 
 impl Port {
     /// Opens and starts a port and hands out its queues, once. `name` is the name of a virtual device (`net_memif0`), a PCI address
-    /// (`0000:03:00.0`, with device arguments after a comma), which is probed if it was not at start, or a port number. `pools` has one
-    /// pool for each receive queue.
+    /// (`0000:03:00.0`) or a port number. One that was not there at start is attached if it is a PCI device or is named with its
+    /// arguments (`net_memif0,role=client,socket=/run/memif.sock`). `pools` has one pool for each receive queue.
+    ///
+    /// A `net_memif` port opens whether or not its peer is there; [`Port::link_up`] tells. A peer that leaves may come back.
     ///
     /// Checksums, chains of mbufs and RSS are switched on where the device has them; [`Port::capabilities`] says which it has.
     ///
@@ -189,7 +195,8 @@ impl Port {
         // SAFETY: the driver's name is a constant string.
         let driver = unsafe { CStr::from_ptr(info.driver_name) }.to_string_lossy().into_owned();
         let smallest = pools.iter().map(Pool::data_room_bytes).min().unwrap_or(u16::MAX);
-        let plan = port_config::plan(name, &driver, &device_arguments(info.device), config, &info, smallest)?;
+        let arguments = device_arguments(info.device);
+        let plan = port_config::plan(name, &driver, &arguments, config, &info, smallest)?;
         let key = configure(id, name, config, &info, &plan)?;
         let rings = claim.take_rings(&port_name(id));
         let mut inner = PortInner {
@@ -209,7 +216,7 @@ impl Port {
         };
         claim.keep();
         set_up_queues(&inner, config, &info, &plan, pools)?;
-        inner.start(config.promiscuous)?;
+        inner.start(config.promiscuous, &arguments)?;
         inner.rss = if plan.capabilities.rss { read_rss(id, &info, inner.rss_key.clone()) } else { None };
         let inner = Arc::new(inner);
         let rx = (0..config.rx_queues).map(|queue| RxQueue::new(&inner, queue)).collect();
@@ -316,9 +323,19 @@ impl PortInner {
         self.id
     }
 
-    fn start(&mut self, promiscuous: bool) -> Result<(), PortError> {
-        // SAFETY: the port is configured and its queues are set up.
-        check(&self.name, "starting the device", unsafe { dpdk_sys::rte_eth_dev_start(self.id) })?;
+    pub(crate) fn is_memif(&self) -> bool {
+        self.driver == memif::DRIVER
+    }
+
+    fn start(&mut self, promiscuous: bool, arguments: &str) -> Result<(), PortError> {
+        let code = if self.is_memif() {
+            // SAFETY: the port is configured and its queues are set up.
+            unsafe { dpdk_sys::shim_memif_start(self.id, c_int::from(memif::is_client(arguments))) }
+        } else {
+            // SAFETY: as above.
+            unsafe { dpdk_sys::rte_eth_dev_start(self.id) }
+        };
+        check(&self.name, "starting the device", code)?;
         self.started = true;
         if promiscuous {
             // SAFETY: the port is started. A device that cannot is left as it is.
@@ -356,10 +373,14 @@ impl Drop for PortInner {
         // SAFETY: the port exists, its queues' handles are gone, so no other thread uses it. The name of its bus is a constant string.
         unsafe {
             let is_virtual = CStr::from_ptr(dpdk_sys::shim_device_bus(self.device)).to_bytes() == b"vdev";
-            if self.started {
-                dpdk_sys::rte_eth_dev_stop(self.id);
+            if self.is_memif() {
+                dpdk_sys::shim_memif_close(self.id);
+            } else {
+                if self.started {
+                    dpdk_sys::rte_eth_dev_stop(self.id);
+                }
+                dpdk_sys::rte_eth_dev_close(self.id);
             }
-            dpdk_sys::rte_eth_dev_close(self.id);
             if is_virtual {
                 dpdk_sys::rte_dev_remove(self.device);
             }
@@ -426,7 +447,9 @@ fn find(eal: &Eal, name: &str) -> Result<u16, PortError> {
     if let Some(id) = by_name(device).or_else(|| by_number(device)) {
         return Ok(id);
     }
-    if device.matches(':').count() >= 1 && device.contains('.') && eal.attach(name).is_ok() {
+    let is_pci = device.contains(':') && device.contains('.');
+    if is_pci || device != name {
+        eal.attach(name)?;
         if let Some(id) = by_name(device) {
             return Ok(id);
         }

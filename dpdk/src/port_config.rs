@@ -2,6 +2,7 @@
 
 use dpdk_sys::{rte_eth_conf, rte_eth_dev_info};
 
+use crate::memif;
 use crate::port::PortError;
 
 /// How a port is set up.
@@ -57,12 +58,6 @@ pub struct Capabilities {
 /// Bytes of Ethernet header and checksum, what most devices count beside the IP packet.
 const ETHERNET_BYTES: u32 = 18;
 
-/// The driver of shared-memory ports states a largest packet of 1518 bytes and enforces nothing.
-const MEMIF: &str = "net_memif";
-
-/// Bytes of a shared-memory port's buffers unless its arguments say otherwise.
-const MEMIF_DEFAULT_BSIZE: u32 = 2048;
-
 const RX_IP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_IPV4_CKSUM;
 const RX_UDP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_UDP_CKSUM;
 const RX_SCATTER: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_SCATTER;
@@ -97,12 +92,13 @@ pub(crate) fn plan(
         }
     }
     let device_mtu = mtu(name, driver, arguments, config.mtu, info)?;
-    let frame_bytes = u32::from(device_mtu) + ETHERNET_BYTES;
+    let frame_bytes = u32::from(config.mtu) + ETHERNET_BYTES;
     let buffer_bytes = u32::from(smallest_data_room.saturating_sub(crate::HEADROOM_BYTES));
     let can = |capabilities: u64, flag: u64| capabilities & flag == flag;
     let (rx, tx) = (info.rx_offload_capa, info.tx_offload_capa);
     let scatter = config.rx_queues > 0 && frame_bytes > buffer_bytes;
-    if scatter && !can(rx, RX_SCATTER) && driver != MEMIF {
+    // net_memif has no such offload: it always scatters, but loses mbufs when it runs out of them in the midst of a packet.
+    if scatter && !can(rx, RX_SCATTER) {
         return Err(PortError::BuffersTooSmall {
             port: name.to_owned(),
             mtu: config.mtu,
@@ -145,7 +141,7 @@ fn mtu(
         (u16::MAX, _) => by_frame,
         (most, _) => most,
     };
-    if driver == MEMIF {
+    if driver == memif::DRIVER {
         check_memif_buffers(name, arguments, wanted)?;
         return Ok(wanted.min(most));
     }
@@ -158,17 +154,8 @@ fn mtu(
 /// The driver of shared-memory ports spreads a frame that is larger than its buffers over several of them, and loses and garbles such
 /// frames (seen with 22.11 at an MTU of 9000). The client's argument `bsize` is the size for both sides, so the server cannot tell.
 fn check_memif_buffers(name: &str, arguments: &str, mtu: u16) -> Result<(), PortError> {
-    let value = |key: &str| {
-        arguments
-            .split(',')
-            .filter_map(|pair| pair.split_once('='))
-            .find(|pair| pair.0 == key)
-            .map(|pair| pair.1)
-    };
-    let is_client = matches!(value("role"), Some("client" | "slave"));
-    let bsize = value("bsize").and_then(|bsize| bsize.parse().ok()).unwrap_or(MEMIF_DEFAULT_BSIZE);
-    let frame_bytes = u32::from(mtu) + ETHERNET_BYTES;
-    if is_client && frame_bytes > bsize {
+    let (bsize, frame_bytes) = (memif::bsize(arguments), u32::from(mtu) + ETHERNET_BYTES);
+    if memif::is_client(arguments) && frame_bytes > bsize {
         return Err(PortError::MemifBuffersTooSmall { port: name.to_owned(), mtu, bsize, frame_bytes });
     }
     Ok(())
@@ -243,22 +230,24 @@ mod tests {
         let info = rte_eth_dev_info {
             max_mtu: u16::MAX,
             max_rx_pktlen: 1518,
+            rx_offload_capa: 0,
             max_rx_queues: 1,
             max_tx_queues: 1,
             ..device()
         };
-        let try_with = |arguments, mtu| {
-            plan("p", MEMIF, arguments, &PortConfig { mtu, ..PortConfig::default() }, &info, 2176)
+        let try_with = |arguments, mtu, room| {
+            plan("p", memif::DRIVER, arguments, &PortConfig { mtu, ..PortConfig::default() }, &info, room)
         };
-        let fits = try_with("role=client,bsize=9216", 9000).expect("in the limits");
+        let fits = try_with("role=client,bsize=9216", 9000, 9500).expect("in the limits");
         assert_eq!(
             (fits.conf.rxmode.mtu, fits.mtu),
             (1500, 9000),
             "configured as the driver wants it, used as we want it"
         );
-        assert!(try_with("role=client", 2030).is_ok());
-        let small = try_with("socket=/s,role=client", 2031).err().expect("too large").to_string();
+        assert!(try_with("role=client", 2030, 2176).is_ok());
+        let small = try_with("socket=/s,role=client", 2031, 9500).err().expect("too large").to_string();
         assert!(small.contains("bsize=2049"), "{small}");
-        assert!(try_with("role=server", 9000).is_ok(), "the client's buffers count");
+        assert!(try_with("role=server", 9000, 9500).is_ok(), "the client's buffers count");
+        assert!(matches!(try_with("role=server", 9000, 2176), Err(PortError::BuffersTooSmall { .. })));
     }
 }

@@ -10,6 +10,8 @@ use crate::port::PortInner;
 pub struct RxQueue {
     id: u16,
     queue: u16,
+    /// A peer in another process may take the shared memory away at any time.
+    memif: bool,
     /// Keeps the device running.
     _port: Arc<PortInner>,
 }
@@ -19,13 +21,15 @@ pub struct RxQueue {
 pub struct TxQueue {
     id: u16,
     queue: u16,
+    /// A peer in another process may take the shared memory away at any time.
+    memif: bool,
     /// Keeps the device running.
     _port: Arc<PortInner>,
 }
 
 impl RxQueue {
     pub(crate) fn new(port: &Arc<PortInner>, queue: u16) -> Self {
-        Self { id: port.id(), queue, _port: Arc::clone(port) }
+        Self { id: port.id(), queue, memif: port.is_memif(), _port: Arc::clone(port) }
     }
 
     /// Index of this queue.
@@ -40,8 +44,9 @@ impl RxQueue {
     pub fn receive(&mut self, burst: &mut Burst) -> usize {
         let (spare, room) = burst.spare();
         let room = u16::try_from(room).unwrap_or(0);
+        let receive = if self.memif { dpdk_sys::shim_memif_rx_burst } else { dpdk_sys::shim_rx_burst };
         // SAFETY: the port is started and lives; this handle is the queue's only one, borrowed exclusively; `spare` has that room.
-        let received = usize::from(unsafe { dpdk_sys::shim_rx_burst(self.id, self.queue, spare, room) });
+        let received = usize::from(unsafe { receive(self.id, self.queue, spare, room) });
         // SAFETY: the device wrote that many packets, which are nobody else's.
         unsafe { burst.grow(received) };
         received
@@ -50,7 +55,7 @@ impl RxQueue {
 
 impl TxQueue {
     pub(crate) fn new(port: &Arc<PortInner>, queue: u16) -> Self {
-        Self { id: port.id(), queue, _port: Arc::clone(port) }
+        Self { id: port.id(), queue, memif: port.is_memif(), _port: Arc::clone(port) }
     }
 
     /// Index of this queue.
@@ -66,8 +71,9 @@ impl TxQueue {
         if count == 0 {
             return 0;
         }
+        let send = if self.memif { dpdk_sys::shim_memif_tx_burst } else { dpdk_sys::shim_tx_burst };
         // SAFETY: the port is started and lives; this handle is the queue's only one, borrowed exclusively; there are `count` mbufs.
-        let sent = usize::from(unsafe { dpdk_sys::shim_tx_burst(self.id, self.queue, mbufs, count) });
+        let sent = usize::from(unsafe { send(self.id, self.queue, mbufs, count) });
         // SAFETY: the device took the first `sent`.
         unsafe { burst.forget_front(sent) };
         sent

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dpdk::{Burst, Eal, EalConfig, Pool, PoolConfig, Port, PortConfig, RxQueue, TxQueue};
@@ -23,6 +24,7 @@ fn main() {
     match arguments[..] {
         ["role:memif-client", pages, socket] => memif_client(pages == "huge", socket),
         ["role:memif-server", pages, socket] => memif_server(pages == "huge", socket),
+        ["role:memif-busy", role, socket] => memif_busy(role, socket),
         ["role:start", pages, prefix] => start_and_wait(pages == "huge", prefix, &[]),
         ["role:start-with-files", prefix] => start_and_wait(true, prefix, &["--file-prefix", prefix]),
         _ => scenarios(),
@@ -33,34 +35,23 @@ fn scenarios() {
     let hugepages = free_hugepages() >= 128;
     // SAFETY: has no preconditions.
     let root = rustix::process::geteuid().is_root();
-    let scenarios: [(&str, fn(), Option<&str>); 5] = [
-        ("memif between two processes without hugepages", || memif_pair(false), None),
-        ("without privileges and hugepages", unprivileged_start, (!root).then_some("this is a user already")),
-        (
-            "an unprivileged start with hugepages says what to do",
-            unprivileged_huge,
-            (!root).then_some("needs root to become a user"),
-        ),
-        (
-            "memif between two processes with hugepages",
-            || memif_pair(true),
-            (!hugepages).then_some("no free hugepages"),
-        ),
-        (
-            "files of a killed process are removed",
-            killed,
-            (!hugepages || mount().is_none()).then_some("needs free hugepages and a hugetlbfs mount"),
-        ),
-    ];
-    for (name, scenario, skip) in scenarios {
-        match skip {
-            Some(reason) => println!("skipped: {name}: {reason}"),
-            None => {
-                scenario();
-                println!("ok: {name}");
-            }
+    let run = |name: &str, scenario: fn(), skip: Option<&str>| match skip {
+        Some(reason) => println!("skipped: {name}: {reason}"),
+        None => {
+            scenario();
+            println!("ok: {name}");
         }
-    }
+    };
+    let no_root = (!root).then_some("needs root to become a user");
+    let no_pages = (!hugepages).then_some("no free hugepages");
+    let no_files = (!hugepages || mount().is_none()).then_some("needs free hugepages and a hugetlbfs mount");
+    run("memif between two processes without hugepages", || memif_pair(false), None);
+    run("memif between two processes with hugepages", || memif_pair(true), no_pages);
+    run("a memif server outlives killed clients", || killed_peers("server", "client"), None);
+    run("a memif client outlives killed servers", || killed_peers("client", "server"), None);
+    run("without privileges and hugepages", unprivileged_start, no_root);
+    run("an unprivileged start with hugepages says what to do", unprivileged_huge, no_root);
+    run("files of a killed process are removed", killed, no_files);
 }
 
 fn free_hugepages() -> u64 {
@@ -84,7 +75,8 @@ fn said(child: &mut Child) -> String {
 
 fn ended_well(mut child: Child) {
     drop(child.stdin.take());
-    assert!(child.wait().expect("a child").success());
+    let status = child.wait().expect("a child");
+    assert!(status.success(), "{status}");
 }
 
 fn memif(eal: &Eal, pool: &Pool) -> (Port, RxQueue, TxQueue) {
@@ -109,9 +101,16 @@ fn config(huge: bool, prefix: &str) -> EalConfig {
 }
 
 fn memif_eal(huge: bool, role: &str, socket: &str) -> Eal {
+    memif_eal_with(huge, role, socket, vec![])
+}
+
+fn memif_eal_with(huge: bool, role: &str, socket: &str, lcores: Vec<usize>) -> Eal {
     let vdev = format!("net_memif0,role={role},socket={socket},socket-abstract=no");
-    let config =
-        EalConfig { vdevs: vec![vdev], ..config(huge, &format!("memif-{role}-{}", std::process::id())) };
+    let config = EalConfig {
+        lcores,
+        vdevs: vec![vdev],
+        ..config(huge, &format!("memif-{role}-{}", std::process::id()))
+    };
     Eal::start(&config).unwrap_or_else(|error| panic!("{role}: {error}"))
 }
 
@@ -265,4 +264,71 @@ fn dpdk_start(prefix: &str) {
     let mut child = myself(&["role:start", "huge", prefix]).spawn().expect("starts");
     assert_eq!(said(&mut child), "started with 2047 mbufs");
     ended_well(child);
+}
+
+/// One side is killed, again and again, while both send and receive as fast as they can; the other goes on.
+fn killed_peers(surviving: &str, killed: &str) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let socket = folder.path().join("memif.sock");
+    let socket = socket.to_str().expect("text");
+    let mut survivor = myself(&["role:memif-busy", surviving, socket]).spawn().expect("starts");
+    let mut lines = BufReader::new(survivor.stdout.take().expect("piped")).lines().map_while(Result::ok);
+    for _ in 0..5 {
+        let mut peer = myself(&["role:memif-busy", killed, socket]).spawn().expect("starts");
+        assert_eq!(lines.next().as_deref(), Some("up"));
+        std::thread::sleep(Duration::from_millis(100));
+        peer.kill().expect("killed");
+        peer.wait().expect("ended");
+        assert_eq!(lines.next().as_deref(), Some("down"));
+    }
+    drop(survivor.stdin.take());
+    assert_eq!(lines.next().as_deref(), Some("0 mbufs in use"));
+    let status = survivor.wait().expect("a child");
+    assert!(status.success(), "{status}");
+}
+
+/// Sends and receives until standard input closes, and tells when the link changes.
+fn memif_busy(role: &str, socket: &str) {
+    let eal = memif_eal_with(false, role, socket, vec![cpus()[0], cpus()[cpus().len() - 1]]);
+    let pool = memif_pool(&eal);
+    let (port, mut rx, mut tx) =
+        Port::open(&eal, "net_memif0", &PortConfig::default(), std::slice::from_ref(&pool)).expect("opens");
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let (mut rx, mut tx, mbufs) = (rx.remove(0), tx.remove(0), pool.clone());
+    let receive = move || {
+        let mut burst = Burst::new();
+        while !STOP.load(Ordering::Relaxed) {
+            rx.receive(&mut burst);
+            burst.clear();
+        }
+    };
+    let send = move || {
+        let mut burst = Burst::new();
+        while !STOP.load(Ordering::Relaxed) {
+            if burst.is_empty() && mbufs.alloc_burst(&mut burst, 32) {
+                burst.iter_mut().for_each(|mbuf| assert!(mbuf.append(1400).is_some()));
+            }
+            tx.send(&mut burst);
+        }
+    };
+    eal.launch(0, receive).expect("idle");
+    eal.launch(1, send).expect("idle");
+    let ended = std::thread::spawn(|| std::io::stdin().read_to_end(&mut Vec::new()));
+    let mut up = false;
+    while !ended.is_finished() {
+        if port.link_up() != up {
+            up = !up;
+            println!("{}", if up { "up" } else { "down" });
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    STOP.store(true, Ordering::Relaxed);
+    (0..2).for_each(|worker| eal.wait(worker).expect("no panic"));
+    drop(port);
+    println!("{} mbufs in use", pool.in_use());
+}
+
+fn cpus() -> Vec<usize> {
+    let set = rustix::thread::sched_getaffinity(None).expect("readable");
+    (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).collect()
 }
