@@ -6,9 +6,10 @@ use zstd_safe::DCtx;
 use crate::dequantize::{self, Isa, Job};
 use crate::format::PlaneEntry;
 use crate::frame::{self, FrameError};
+use crate::groups::Groups;
 use crate::payload::{Layout, LayoutError, SECTION_LENGTH_BYTES, max_encoded_bytes};
 use crate::quantize::largest_code;
-use crate::{Codec, Dtype, Quantizer, Shape, checksum, dtype, lossless};
+use crate::{Codec, Dtype, Quantizer, Shape, checksum, lossless};
 
 /// Why a plane can't be decoded. Nothing was written to the destination, and the decoder can take the next plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -341,70 +342,4 @@ pub(crate) fn lossless_sections(encoded: &[u8]) -> Result<(&[u8], &[u8]), Decode
     let end = usize::try_from(section_bytes).ok();
     end.and_then(|end| payload.split_at_checked(end))
         .ok_or(DecodeError::SectionLength { section_bytes, payload_bytes: payload.len() })
-}
-
-/// Scales and offsets as they lie in a payload.
-struct Groups<'a> {
-    scale_bytes: &'a [u8],
-    offset_bytes: &'a [u8],
-    dtype: Dtype,
-}
-
-impl Groups<'_> {
-    /// Widens scales and offsets to `f32` into the front of scratch, refusing those that would give any element that
-    /// is not a finite bfloat16. With `in_pairs`, the even groups come first, then the odd ones.
-    fn widen<'s>(
-        &self,
-        largest_code: u8,
-        in_pairs: bool,
-        scales: &'s mut [f32],
-        offsets: &'s mut [f32],
-    ) -> Result<(&'s [f32], &'s [f32]), DecodeError> {
-        let groups = self.scale_bytes.len() / Dtype::BYTES;
-        let (scales, offsets) = (&mut scales[..groups], &mut offsets[..groups]);
-        match self.dtype {
-            Dtype::Bf16 => {
-                widen(self.scale_bytes, in_pairs, scales, dtype::bf16_to_f32);
-                widen(self.offset_bytes, in_pairs, offsets, dtype::bf16_to_f32);
-            }
-            Dtype::F16 => {
-                widen(self.scale_bytes, in_pairs, scales, dtype::f16_to_f32);
-                widen(self.offset_bytes, in_pairs, offsets, dtype::f16_to_f32);
-            }
-        }
-        // Elements lie between that of code 0 and that of the largest code: rounding keeps their order.
-        let largest_code = f32::from(largest_code);
-        let in_range = |scale: f32, offset: f32| {
-            let (first, last) = (offset.abs(), (largest_code * scale + offset).abs());
-            // False for a NaN too.
-            (first <= dtype::BF16_MAX) & (last <= dtype::BF16_MAX)
-        };
-        if scales
-            .iter()
-            .zip(offsets.iter())
-            .fold(true, |all, (&scale, &offset)| all & in_range(scale, offset))
-        {
-            return Ok((scales, offsets));
-        }
-        let bits = |bytes: &[u8], group: usize| u16::from_le_bytes([bytes[2 * group], bytes[2 * group + 1]]);
-        let (group, scale_bits, offset_bits) = (0..groups)
-            .map(|group| (group, bits(self.scale_bytes, group), bits(self.offset_bytes, group)))
-            .find(|&(_, scale, offset)| !in_range(self.dtype.widen(scale), self.dtype.widen(offset)))
-            .unwrap_or_default();
-        Err(DecodeError::Scale { group, scale_bits, offset_bits })
-    }
-}
-
-fn widen(bytes: &[u8], in_pairs: bool, values: &mut [f32], widen: impl Fn(u16) -> f32) {
-    let bits = |bytes: &[u8]| u16::from_le_bytes([bytes[0], bytes[1]]);
-    if in_pairs {
-        let (evens, odds) = values.split_at_mut(values.len() / 2);
-        for ((even, odd), bytes) in evens.iter_mut().zip(odds).zip(bytes.chunks_exact(2 * Dtype::BYTES)) {
-            (*even, *odd) = (widen(bits(bytes)), widen(bits(&bytes[Dtype::BYTES..])));
-        }
-    } else {
-        for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(Dtype::BYTES)) {
-            *value = widen(bits(bytes));
-        }
-    }
 }

@@ -7,7 +7,7 @@
 //! - [`Encoder`] turns the planes of a chunk into one byte string.
 //! - [`ChunkView`] reads the header and the table of planes without allocating; [`ChunkHeader`] is its owned copy.
 //! - [`Decoder`] checks, decompresses and dequantizes one plane, without allocating.
-//! - [`reference`] says the same slowly, as the oracle of tests and of the demo.
+//! - [`mod@reference`] says the same slowly, as the oracle of tests and of the demo.
 //!
 //! Arrows: nothing here knows of sockets, packets or DPDK.
 
@@ -19,6 +19,7 @@ mod dtype;
 mod encoder;
 mod format;
 mod frame;
+mod groups;
 #[cfg(target_arch = "x86_64")]
 mod lookup;
 mod lossless;

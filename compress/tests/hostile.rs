@@ -145,6 +145,9 @@ fn forged_entries_are_named() {
         parse(0, &[0xff; 8]),
         Err(FormatError::OutOfBounds { plane, offset: u64::MAX, bytes, chunk_bytes })
     );
+    let late = chunk_bytes - 1;
+    let error = FormatError::OutOfBounds { plane, offset: late, bytes, chunk_bytes };
+    assert_eq!(parse(0, &late.to_le_bytes()), Err(error));
     // A gap is no error by itself, but the next plane is then overlapped.
     let moved = offset + 1;
     assert!(matches!(parse(0, &moved.to_le_bytes()), Err(FormatError::Overlap { plane: 2, .. })));
