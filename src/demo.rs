@@ -246,11 +246,11 @@ impl TwoProcesses {
         let placement = stage.placement.to_string();
         let store = Process::start("store", stage, &[
             "--load", &stage.input.to_string_lossy(), "--codec", stage.codec.name(), "--model", "demo",
-            "--lcores", &store_cpu, "--ip", STORE_IP, "--port", &memif("server"),
+            "--lcores", &store_cpu, "--ip", STORE_IP, "--port", &memif("client"),
         ])?;
         let store_address = format!("10.99.0.1:{STORE_UDP_PORT}");
         let dataplane = Process::start("dataplane", stage, &[
-            "--lcores", &placement, "--ip", DATA_PLANE_IP, "--port", &memif("client"), "--store", &store_address,
+            "--lcores", &placement, "--ip", DATA_PLANE_IP, "--port", &memif("server"), "--store", &store_address,
             "--socket", &stage.socket.to_string_lossy(),
         ])?;
         Ok(Self { store, dataplane })

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use control::message::MAX_KEYS_PER_LOOKUP;
-use control::{AttachError, CHUNK_TOKENS, ClientSession, Command, CommandError, Completion, StoredChunk};
+use control::{AttachError, CHUNK_TOKENS, ClientSession, Command, CommandError, Completion};
 use hugepages::{Arena, ArenaConfig, PageChoice};
 use protocol::key::{ChunkKeys, Key};
 
@@ -202,13 +202,13 @@ impl Client {
         };
         command(0).check(|_| None)?;
         match self.ask(Kind::Lookup, command, timeout.saturating_add(ANSWER_GRACE)) {
-            Ok(Completion::LookedUp { chunks, shape, codec, .. }) => {
-                let chunks = pair(&keys, &chunks, tokens.len()).ok_or_else(|| {
+            Ok(Completion::LookedUp { found, last_tokens, encoded_bytes, shape, codec, .. }) => {
+                let chunks = pair(&keys, found, last_tokens, tokens.len()).ok_or_else(|| {
                     LookupError::Failed("the stored chunks do not hold the tokens asked for".to_owned())
                 })?;
                 let found = chunks.iter().map(|chunk| u32::from(chunk.tokens)).sum();
                 let asked_chunks = u32::try_from(keys.len()).unwrap_or(u32::MAX);
-                Ok(Prefix { chunks, tokens: found, asked_chunks, shape, codec })
+                Ok(Prefix { chunks, tokens: found, asked_chunks, encoded_bytes, shape, codec })
             }
             Ok(Completion::LookupFailed { message, .. }) => Err(LookupError::Failed(message)),
             Ok(other) => Err(LookupError::Refused(refusal(other))),
@@ -283,22 +283,17 @@ fn refusal(completion: Completion) -> String {
     }
 }
 
-/// Joins the keys asked for with what was found; `None` if a chunk does not hold the tokens that its key stands
+/// Joins the keys asked for with what was found; `None` if the last chunk does not hold the tokens that its key stands
 /// for, or there are more chunks than keys.
-fn pair(keys: &[Key], found: &[StoredChunk], tokens: usize) -> Option<Vec<PrefixChunk>> {
-    if found.len() > keys.len() {
-        return None;
-    }
+fn pair(keys: &[Key], found: u32, last_tokens: u16, tokens: usize) -> Option<Vec<PrefixChunk>> {
+    let found = keys.get(..usize::try_from(found).ok()?)?;
     let whole = usize::from(CHUNK_TOKENS);
-    let pairs = keys.iter().zip(found).enumerate().map(|(index, (&key, chunk))| {
-        let expected = (tokens - index * whole).min(whole);
-        (usize::from(chunk.tokens) == expected).then_some(PrefixChunk {
-            key,
-            tokens: chunk.tokens,
-            encoded_bytes: chunk.encoded_bytes,
-        })
+    let chunks = found.iter().enumerate().map(|(index, &key)| {
+        let tokens = u16::try_from((tokens - index * whole).min(whole)).unwrap_or(CHUNK_TOKENS);
+        PrefixChunk { key, tokens }
     });
-    pairs.collect()
+    let chunks: Vec<PrefixChunk> = chunks.collect();
+    (chunks.last().map_or(0, |last| last.tokens) == last_tokens).then_some(chunks)
 }
 
 impl Drop for Client {

@@ -10,8 +10,6 @@ pub struct PrefixChunk {
     pub key: Key,
     /// Tokens that it holds: 256, fewer only in a sequence's last chunk.
     pub tokens: u16,
-    /// Its size as stored, bytes.
-    pub encoded_bytes: u64,
 }
 
 /// The longest prefix of a token sequence that is stored, chunk by chunk. May be empty.
@@ -23,6 +21,8 @@ pub struct Prefix {
     pub tokens: u32,
     /// Chunks that the sequence asked for has.
     pub asked_chunks: u32,
+    /// What the link will carry for these chunks, bytes.
+    pub encoded_bytes: u64,
     /// What the chunks have in common; `None` if there are none.
     pub shape: Option<Shape>,
     /// How they are encoded; `None` if there are none.
@@ -40,12 +40,6 @@ impl Prefix {
     #[must_use]
     pub fn is_whole(&self) -> bool {
         u32::try_from(self.chunks.len()) == Ok(self.asked_chunks)
-    }
-
-    /// What the link will carry, bytes.
-    #[must_use]
-    pub fn encoded_bytes(&self) -> u64 {
-        self.chunks.iter().map(|chunk| chunk.encoded_bytes).fold(0, u64::saturating_add)
     }
 
     /// The region that [`crate::FetchRequest::sequence`] needs, bytes: all planes, decoded. `None` if the

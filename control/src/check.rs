@@ -154,14 +154,11 @@ impl Completion {
     /// Checks what a client relies on: counts that agree, and limits.
     pub(crate) fn check(&self) -> Result<(), DecodeError> {
         match self {
-            Self::LookedUp { found, chunks, shape, codec, .. } => {
-                if usize::try_from(*found) != Ok(chunks.len()) {
-                    return Err(DecodeError::Invalid("a lookup's count and its list of chunks differ"));
-                }
-                if chunks.len() > MAX_KEYS_PER_LOOKUP {
+            Self::LookedUp { found, last_tokens, shape, codec, .. } => {
+                if usize::try_from(*found).is_ok_and(|found| found > MAX_KEYS_PER_LOOKUP) {
                     return Err(DecodeError::Invalid("a lookup found more chunks than any lookup may name"));
                 }
-                if chunks.iter().any(|chunk| chunk.tokens == 0 || chunk.tokens > CHUNK_TOKENS) {
+                if *last_tokens > CHUNK_TOKENS || (*last_tokens == 0) != (*found == 0) {
                     return Err(DecodeError::Invalid("a stored chunk has an impossible number of tokens"));
                 }
                 if *found > 0 && (codec.is_none() || !shape.is_some_and(|shape| shape.is_valid())) {

@@ -31,7 +31,7 @@ pub use check::CommandError;
 pub use codec::DecodeError;
 pub use layout::{Dtype, Layout, LayoutError, Shape};
 pub use listener::{Limits, Listener};
-pub use message::{ChunkPlace, Codec, Command, Completion, Missing, MissingReason, Outcome, StoredChunk};
+pub use message::{ChunkPlace, Codec, Command, Completion, Missing, MissingReason, Outcome};
 pub use ring::RingError;
 pub use server::{ServerSession, SessionError, SocketEvent};
 pub use session::{Sent, now_ns};

@@ -183,15 +183,6 @@ pub struct Missing {
     pub reason: MissingReason,
 }
 
-/// A chunk that a lookup found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoredChunk {
-    /// Tokens that it holds, 1 to [`crate::CHUNK_TOKENS`].
-    pub tokens: u16,
-    /// Its size as stored, bytes: what the link will carry.
-    pub encoded_bytes: u64,
-}
-
 /// What the data plane answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Completion {
@@ -199,10 +190,12 @@ pub enum Completion {
     LookedUp {
         /// The lookup.
         id: u64,
-        /// Leading keys that are stored; `chunks` has as many entries.
+        /// Leading keys that are stored.
         found: u32,
-        /// The stored chunks, in the order of the keys.
-        chunks: Vec<StoredChunk>,
+        /// Tokens of the last of these chunks, 1 to [`crate::CHUNK_TOKENS`]; those before it are whole. 0 if `found` is 0.
+        last_tokens: u16,
+        /// What the link will carry for all of them, bytes.
+        encoded_bytes: u64,
         /// What they have in common; none if `found` is 0.
         shape: Option<Shape>,
         /// How they are encoded; none if `found` is 0.

@@ -7,7 +7,7 @@ use control::message::{
 };
 use control::{
     ChunkPlace, Codec, Command, CommandError, Completion, DecodeError, Dtype, Layout, Missing, MissingReason,
-    Outcome, Shape, StoredChunk,
+    Outcome, Shape,
 };
 use proptest::prelude::*;
 
@@ -40,16 +40,11 @@ fn commands() -> impl Strategy<Value = Command> {
 }
 
 fn completions() -> impl Strategy<Value = Completion> {
-    let chunk =
-        (1_u16..=256, any::<u64>()).prop_map(|(tokens, encoded_bytes)| StoredChunk { tokens, encoded_bytes });
     let missing = any::<u32>().prop_map(|chunk| Missing { chunk, reason: MissingReason::StoreUnreachable });
     prop_oneof![
-        (any::<u64>(), prop::collection::vec(chunk, 0..20)).prop_map(|(id, chunks)| Completion::LookedUp {
-            id,
-            found: u32::try_from(chunks.len()).unwrap(),
-            chunks,
-            shape: Some(SHAPE),
-            codec: Some(Codec::Int4),
+        (any::<(u64, u64)>(), 1..20_u32, 1..=256_u16).prop_map(|((id, encoded_bytes), found, last_tokens)| {
+            let (shape, codec) = (Some(SHAPE), Some(Codec::Int4));
+            Completion::LookedUp { id, found, last_tokens, encoded_bytes, shape, codec }
         }),
         any::<(u64, String)>().prop_map(|(id, message)| Completion::LookupFailed { id, message }),
         any::<(u64, u32, u64, u64)>().prop_map(|(id, planes, encoded_bytes, delivered_bytes)| {
@@ -147,13 +142,13 @@ fn the_longest_messages_fit() {
         assert!(bytes.len() <= MAX_MESSAGE_BYTES, "{}", bytes.len());
         assert_eq!(decode_command(&bytes), Ok(command));
     }
-    let stored = StoredChunk { tokens: 256, encoded_bytes: u64::MAX };
     let missing = Missing { chunk: u32::MAX, reason: MissingReason::Cancelled };
     for completion in [
         Completion::LookedUp {
             id: u64::MAX,
             found: 4096,
-            chunks: vec![stored; MAX_KEYS_PER_LOOKUP],
+            last_tokens: 256,
+            encoded_bytes: u64::MAX,
             shape: Some(SHAPE),
             codec: Some(Codec::Int4),
         },
@@ -176,8 +171,9 @@ fn the_longest_messages_fit() {
 
 #[test]
 fn completions_that_contradict_themselves_are_refused() {
-    let stored = StoredChunk { tokens: 256, encoded_bytes: 1 };
-    let looked_up = |found, chunks, shape, codec| Completion::LookedUp { id: 1, found, chunks, shape, codec };
+    let looked_up = |found, last_tokens, shape, codec| {
+        Completion::LookedUp { id: 1, found, last_tokens, encoded_bytes: 1, shape, codec }
+    };
     let ended = |outcome| Completion::Ended {
         id: 1,
         outcome,
@@ -190,13 +186,15 @@ fn completions_that_contradict_themselves_are_refused() {
     let empty = Shape { layers: 0, ..SHAPE };
     let mut bytes = Vec::new();
     for (completion, sound) in [
-        (looked_up(0, vec![], None, None), true),
-        (looked_up(1, vec![stored], Some(SHAPE), Some(Codec::Raw)), true),
-        (looked_up(2, vec![stored], Some(SHAPE), Some(Codec::Raw)), false),
-        (looked_up(1, vec![stored], None, Some(Codec::Raw)), false),
-        (looked_up(1, vec![stored], Some(empty), Some(Codec::Raw)), false),
-        (looked_up(1, vec![stored], Some(SHAPE), None), false),
-        (looked_up(1, vec![StoredChunk { tokens: 257, ..stored }], Some(SHAPE), Some(Codec::Raw)), false),
+        (looked_up(0, 0, None, None), true),
+        (looked_up(1, 256, Some(SHAPE), Some(Codec::Raw)), true),
+        (looked_up(4097, 256, Some(SHAPE), Some(Codec::Raw)), false),
+        (looked_up(1, 0, Some(SHAPE), Some(Codec::Raw)), false),
+        (looked_up(0, 1, None, None), false),
+        (looked_up(1, 256, None, Some(Codec::Raw)), false),
+        (looked_up(1, 256, Some(empty), Some(Codec::Raw)), false),
+        (looked_up(1, 256, Some(SHAPE), None), false),
+        (looked_up(1, 257, Some(SHAPE), Some(Codec::Raw)), false),
         (ended(Outcome::Failed), true),
         (ended(Outcome::Done), false),
     ] {

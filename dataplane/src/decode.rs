@@ -31,7 +31,7 @@ pub(crate) struct DecodeStage {
 impl Stage for DecodeStage {
     /// Decodes one plane, so that a lcore that also receives is soon back at its queue. Without a free slot planes
     /// wait in their ring, and what they hold back is credit: the engines ask the stores for less.
-    fn poll(&mut self, now_ns: u64) -> usize {
+    fn poll(&mut self, _now_ns: u64) -> usize {
         if self.rings.planes.is_empty() {
             return 0;
         }
@@ -40,14 +40,14 @@ impl Stage for DecodeStage {
             self.spare = Some(slot);
             return 0;
         };
-        self.decode(now_ns, job, slot);
+        self.decode(job, slot);
         1
     }
 }
 
 impl DecodeStage {
-    fn decode(&mut self, now_ns: u64, mut job: Box<PlaneJob>, mut slot: Box<Slot>) {
-        job.times.decode_begin_ns = now_ns;
+    fn decode(&mut self, mut job: Box<PlaneJob>, mut slot: Box<Slot>) {
+        job.times.decode_begin_ns = self.clock.now_ns();
         job.outcome = self.decode_into(&mut job, &mut slot);
         job.drop_segments();
         job.times.decode_end_ns = self.clock.now_ns();

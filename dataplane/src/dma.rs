@@ -27,8 +27,8 @@ pub(crate) struct DmaStage<S> {
 }
 
 impl<S: Sink<Box<PlaneJob>>> Stage for DmaStage<S> {
-    fn poll(&mut self, now_ns: u64) -> usize {
-        self.take_decoded(now_ns);
+    fn poll(&mut self, _now_ns: u64) -> usize {
+        self.take_decoded();
         if !self.offered.is_empty() {
             self.sink.submit(&mut self.offered);
             self.sink.flush();
@@ -38,7 +38,12 @@ impl<S: Sink<Box<PlaneJob>>> Stage for DmaStage<S> {
 }
 
 impl<S: Sink<Box<PlaneJob>>> DmaStage<S> {
-    fn take_decoded(&mut self, now_ns: u64) {
+    fn take_decoded(&mut self) {
+        if self.rings.decoded.is_empty() {
+            return;
+        }
+        // On a lcore that decodes too, the loop's time is from before the decoding.
+        let now_ns = self.clock.now_ns();
         while !self.offered.is_full()
             && let Some(mut job) = self.rings.decoded.dequeue()
         {

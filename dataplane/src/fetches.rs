@@ -394,8 +394,8 @@ impl Fetches {
         };
         let id = active.owner.command;
         let completion = match part.answer {
-            Some(LookupAnswer { outcome: LookupOutcome::Done, found, tokens, encoded_bytes, last }) => {
-                looked_up(id, found, tokens, encoded_bytes, last)
+            Some(LookupAnswer { outcome: LookupOutcome::Done, found, encoded_bytes, last }) => {
+                looked_up(id, found, encoded_bytes, last)
             }
             Some(LookupAnswer { outcome: LookupOutcome::Cancelled, .. }) => {
                 Completion::LookupFailed { id, message: "the lookup was cancelled".into() }
@@ -423,12 +423,11 @@ struct Wanted<'a> {
 fn looked_up(
     id: u64,
     found: u32,
-    tokens: u64,
     encoded_bytes: u64,
     last: Option<protocol::ChunkInfo>,
 ) -> Completion {
     let Some(info) = last.filter(|_| found > 0) else {
-        return Completion::LookedUp { id, found: 0, chunks: vec![], shape: None, codec: None };
+        return Completion::LookedUp { id, found: 0, last_tokens: 0, encoded_bytes: 0, shape: None, codec: None };
     };
     let dtype = Dtype::from_wire(info.dtype).map(|dtype| match dtype {
         Dtype::Bf16 => control::Dtype::Bf16,
@@ -447,14 +446,8 @@ fn looked_up(
     };
     let shape =
         control::Shape { layers: info.layers, kv_heads: info.kv_heads, head_dim: info.head_dim, dtype };
-    let _ = tokens;
-    let chunks = (0..found)
-        .map(|index| control::StoredChunk {
-            tokens: if index + 1 == found { info.tokens } else { 256 },
-            encoded_bytes: encoded_bytes / u64::from(found),
-        })
-        .collect();
-    Completion::LookedUp { id, found, chunks, shape: Some(shape), codec: Some(codec) }
+    let (last_tokens, shape, codec) = (info.tokens, Some(shape), Some(codec));
+    Completion::LookedUp { id, found, last_tokens, encoded_bytes, shape, codec }
 }
 
 /// What a person is told of a fetch's end.

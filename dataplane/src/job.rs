@@ -201,8 +201,6 @@ pub(crate) struct LookupAnswer {
     pub(crate) outcome: LookupOutcome,
     /// Leading keys that are stored.
     pub(crate) found: u32,
-    /// Tokens of those chunks.
-    pub(crate) tokens: u64,
     /// Encoded bytes of those chunks.
     pub(crate) encoded_bytes: u64,
     /// The last of those chunks.

@@ -274,9 +274,9 @@ impl RxStage {
                         self.end(slot);
                     }
                 }
-                Event::LookupDone { id, outcome, found, tokens, encoded_bytes, last } => {
+                Event::LookupDone { id, outcome, found, encoded_bytes, last, .. } => {
                     if let Some(part) = self.parts.lookup(id) {
-                        part.answer = Some(LookupAnswer { outcome, found, tokens, encoded_bytes, last });
+                        part.answer = Some(LookupAnswer { outcome, found, encoded_bytes, last });
                         let slot = part.id.slot();
                         self.end(slot);
                     }

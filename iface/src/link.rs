@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use dpdk::{Burst, Checksum, Eal, Mbuf, Pool, PoolConfig, PoolError, Port, PortConfig, PortError, RxQueue, TxQueue};
@@ -205,6 +206,14 @@ pub enum OpenError {
     Port(#[from] PortError),
 }
 
+/// A store that comes back may have another MAC address (a replaced host, a virtual device): a packet a second finds out
+/// within a fetch's patience.
+const NEIGHBOURS: NeighbourConfig = NeighbourConfig {
+    capacity: 64,
+    retry: Duration::from_millis(100),
+    refresh: Duration::from_secs(1),
+};
+
 /// Numbers the pools of the process: their names must differ, and DPDK's are too short for a device's.
 static NEXT_POOL: AtomicU32 = AtomicU32::new(0);
 
@@ -249,7 +258,7 @@ pub fn open(
     let macs = Arc::new(MacTable::new(next_hops.iter().map(|hop| hop.ip)));
     let mut links = Vec::new();
     for ((rx, tx), pool) in rx.into_iter().zip(tx).zip(&pools) {
-        let mut neighbours = Neighbours::new(local.mac, ip, &NeighbourConfig::default());
+        let mut neighbours = Neighbours::new(local.mac, ip, &NEIGHBOURS);
         for hop in next_hops {
             if let Some(mac) = hop.mac {
                 macs.learn(hop.ip, mac);

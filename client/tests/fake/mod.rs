@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use client::{Client, ClientConfig, Codec, Dtype, Layout, Missing, MissingReason, Namespace, Outcome, Shape};
 use control::{
-    ChunkPlace, Command, Completion, Limits, Listener, Sent, ServerSession, SocketEvent, StoredChunk, now_ns,
+    ChunkPlace, Command, Completion, Limits, Listener, Sent, ServerSession, SocketEvent, now_ns,
 };
 use hugepages::Arena;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -251,14 +251,12 @@ impl Session {
 
 fn look_up(id: u64, keys: &[[u8; 32]], manners: &Manners) -> Completion {
     let stored = manners.stored.lock().unwrap();
-    let chunks: Vec<StoredChunk> = keys
-        .iter()
-        .map_while(|key| stored.get(key))
-        .map(|&tokens| StoredChunk { tokens, encoded_bytes: SHAPE.chunk_bytes(tokens) / 4 })
-        .collect();
+    let chunks: Vec<u16> = keys.iter().map_while(|key| stored.get(key)).copied().collect();
     let found = u32::try_from(chunks.len()).unwrap();
+    let last_tokens = chunks.last().copied().unwrap_or(0);
+    let encoded_bytes = chunks.iter().map(|&tokens| SHAPE.chunk_bytes(tokens) / 4).sum();
     let (shape, codec) = if found > 0 { (Some(SHAPE), Some(Codec::Int4)) } else { (None, None) };
-    Completion::LookedUp { id, found, chunks, shape, codec }
+    Completion::LookedUp { id, found, last_tokens, encoded_bytes, shape, codec }
 }
 
 fn ended(id: u64, outcome: Outcome, planes: u32, bytes: u64, missing: Vec<Missing>) -> Completion {

@@ -1,0 +1,217 @@
+//! A store and a data plane as processes, joined by net_memif on ordinary pages, for tests that treat them as a user
+//! would: started, asked, killed.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use client::{Client, ClientConfig, Namespace};
+use compress::{Codec, Dtype};
+use serde_json::Value;
+use store::kv_file::{self, KvFile, SequenceShape};
+use tempfile::TempDir;
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_shadowserve");
+
+/// How long anything may take on a busy machine before the test gives up.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A folder with sockets and files, and what runs in it.
+pub struct Cluster {
+    pub store: Option<Process>,
+    pub dataplane: Option<Process>,
+    codec: Codec,
+    /// Last, so that the processes end before their files go.
+    folder: TempDir,
+}
+
+/// A running `shadowserve`.
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Cluster {
+    /// A data plane with extra flags; no store yet.
+    pub fn new(codec: Codec, flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut cluster = Self { folder, codec, store: None, dataplane: None };
+        cluster.start_dataplane(flags);
+        cluster
+    }
+
+    /// A data plane and a store that holds `file`.
+    pub fn with_store(codec: Codec, file: &Path) -> Self {
+        let mut cluster = Self::new(codec, &[]);
+        cluster.start_store(file);
+        cluster
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.path("control.sock")
+    }
+
+    fn port(&self, role: &str) -> String {
+        format!("net_memif0,role={role},socket={},socket-abstract=no", self.path("memif.sock").display())
+    }
+
+    pub fn start_dataplane(&mut self, flags: &[&str]) {
+        let (port, socket) = (self.port("server"), self.socket());
+        let mut arguments = vec!["dataplane", "--no-huge", "--idle-sleep-us", "20", "--ip", "10.99.0.2/24"];
+        let socket_text = socket.to_string_lossy();
+        arguments.extend(["--port", &port, "--store", "10.99.0.1:4791", "--socket", &socket_text]);
+        if !flags.contains(&"--lcores") {
+            arguments.extend(["--lcores", "rx@0,decode@0,dma@0"]);
+        }
+        arguments.extend(flags);
+        self.dataplane = Some(Process::start(&arguments, self.path("dataplane.log")));
+        let config = ClientConfig::new(self.namespace());
+        let dataplane = self.dataplane.as_mut().unwrap();
+        wait_until("the data plane listens", || {
+            dataplane.check();
+            Client::connect(&socket, &config).is_ok()
+        });
+    }
+
+    pub fn start_store(&mut self, file: &Path) {
+        self.start_store_with_queues(file, "1");
+    }
+
+    /// One queue on each of `cpus`.
+    pub fn start_store_with_queues(&mut self, file: &Path, cpus: &str) {
+        let port = self.port("client");
+        let file = file.to_string_lossy();
+        let arguments = [
+            "store", "--no-huge", "--idle-sleep-us", "20", "--ip", "10.99.0.1/24", "--port", &port, "--load", &file,
+            "--codec", self.codec.name(), "--lcores", cpus,
+        ];
+        self.store = Some(Process::start(&arguments, self.path("store.log")));
+    }
+
+    /// A client in this process, once the store answers.
+    pub fn client(&self) -> Client {
+        Client::connect(self.socket(), &ClientConfig::new(self.namespace())).unwrap()
+    }
+
+    pub fn namespace(&self) -> Namespace {
+        Namespace {
+            model: "default".into(),
+            layout: "nhd".into(),
+            codec: self.codec.name().into(),
+            ..Namespace::default()
+        }
+    }
+
+    /// Waits until the store answers lookups of `tokens`.
+    pub fn wait_for_store(&self, client: &Client, tokens: &[i32]) {
+        wait_until("the store answers", || client.lookup(tokens, Duration::from_millis(300)).is_ok());
+    }
+
+    /// Runs `shadowserve fetch` against this data plane.
+    pub fn fetch(&self, flags: &[&str]) -> Output {
+        let socket = self.socket();
+        Command::new(PROGRAM)
+            .args(["fetch", "--socket", &socket.to_string_lossy(), "--codec", self.codec.name()])
+            .args(flags)
+            .output()
+            .unwrap()
+    }
+}
+
+impl Process {
+    fn start(arguments: &[&str], log: PathBuf) -> Self {
+        let output = std::fs::File::create(&log).unwrap();
+        let mut command = Command::new(PROGRAM);
+        command.args(arguments).stdin(Stdio::null());
+        command.stdout(output.try_clone().unwrap()).stderr(output);
+        Self { child: command.spawn().unwrap(), log }
+    }
+
+    /// Fails the test if the process has ended.
+    pub fn check(&mut self) {
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!("ended with {status}:\n{}", self.log_text());
+        }
+    }
+
+    pub fn log_text(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Its open descriptors.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    /// Its mappings.
+    pub fn maps(&self) -> String {
+        std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap()
+    }
+
+    /// SIGKILL.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM; the process must end in order.
+    pub fn terminate(mut self) -> String {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "ended with {status}:\n{}", self.log_text());
+        self.log_text()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- {}\n{}", self.log.display(), self.log_text());
+        }
+    }
+}
+
+/// Polls until `reached`, or fails the test.
+pub fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !reached() {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The sample that the repository carries.
+pub fn sample() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("perf/samples/smollm2-135m-kv-640.safetensors")
+}
+
+pub fn sample_tokens() -> Vec<i32> {
+    KvFile::open(&sample()).unwrap().tokens().to_vec()
+}
+
+/// Writes a KV cache of varied values, for sizes that the sample does not have. Returns its tokens.
+pub fn write_kv(path: &Path, layers: u16, tokens: usize) -> Vec<i32> {
+    let shape = SequenceShape { layers, tokens, kv_heads: 2, head_dim: 16, dtype: Dtype::Bf16 };
+    let value = |index: usize| {
+        let angle = f32::from(u16::try_from(index % 60_000).unwrap());
+        u16::try_from(angle.sin().to_bits() >> 16).unwrap().to_le_bytes()
+    };
+    let k: Vec<u8> = (0..shape.tensor_bytes() / 2).flat_map(value).collect();
+    let v: Vec<u8> = (0..shape.tensor_bytes() / 2).flat_map(|index| value(index * 7 + 3)).collect();
+    let ids: Vec<i32> = (0..).take(tokens).collect();
+    kv_file::write(path, shape, &k, &v, &ids).unwrap();
+    ids
+}
+
+/// The data plane's statistics.
+pub fn stats(client: &Client) -> Value {
+    serde_json::from_str(&client.stats().unwrap()).unwrap()
+}
