@@ -8,15 +8,11 @@
 #[path = "../tests/planes/mod.rs"]
 mod planes;
 
-use std::hint::black_box;
-
 use compress::{ChunkView, Codec, Decoder, Dtype, Encoder, PlaneEntry, Shape, plane_index};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use planes::Planes;
+use planes::bare::{self, SEGMENT_BYTES};
 use zstd_safe::DCtx;
-
-/// Payload bytes of one packet on an ordinary link.
-const SEGMENT_BYTES: usize = 1376;
 
 /// An encoded chunk, cut as the data plane meets it.
 struct Encoded {
@@ -44,37 +40,6 @@ impl Encoded {
         let start = usize::try_from(entry.offset).expect("a chunk in memory");
         &self.chunk[start..][..usize::try_from(entry.bytes).expect("a chunk in memory")]
     }
-
-    /// The sections of a plane with the bytes each decompresses to, found as `docs/FORMAT.md` says.
-    fn sections(&self, entry: &PlaneEntry) -> Vec<(&[u8], usize)> {
-        let encoded = self.encoded(entry);
-        let elements = self.shape.elements_per_plane();
-        let groups = match entry.quantizer {
-            compress::Quantizer::PerChannel => self.shape.channels(),
-            _ => self.shape.head_rows(),
-        };
-        match entry.codec {
-            Codec::Raw => vec![(encoded, encoded.len())],
-            Codec::Lossless => {
-                let high = u32::from_le_bytes([encoded[0], encoded[1], encoded[2], encoded[3]]);
-                let (high, low) = encoded[4..].split_at(usize::try_from(high).expect("a section in memory"));
-                vec![(high, elements), (low, elements)]
-            }
-            Codec::Int8 => vec![(&encoded[groups * 4..], elements)],
-            Codec::Int4 => vec![(&encoded[groups * 4..], elements / 2)],
-        }
-    }
-}
-
-fn bare(zstd: &mut DCtx<'_>, sections: &[(&[u8], usize)], scratch: &mut [u8]) {
-    for &(section, bytes) in sections {
-        if section.len() == bytes {
-            scratch[..bytes].copy_from_slice(section);
-        } else {
-            zstd.decompress(&mut scratch[..bytes], section).expect("a frame that the encoder wrote");
-        }
-    }
-    black_box(scratch);
 }
 
 fn decode(c: &mut Criterion) {
@@ -91,9 +56,15 @@ fn decode(c: &mut Criterion) {
         let encoded = Encoded::new(codec, &planes);
         let ratio = (shape.planes() * shape.plane_bytes()) as f64 / encoded.chunk.len() as f64;
         println!("{codec}: ratio {ratio:.3}");
-        let sections: Vec<_> = encoded.entries.iter().map(|entry| encoded.sections(entry)).collect();
+        let sections: Vec<_> = encoded
+            .entries
+            .iter()
+            .map(|entry| bare::sections(&shape, entry, encoded.encoded(entry)))
+            .collect();
         group.bench_function(BenchmarkId::new("bare zstd", codec), |b| {
-            b.iter(|| sections.iter().for_each(|sections| bare(&mut zstd, sections, &mut scratch)));
+            b.iter(|| {
+                sections.iter().for_each(|sections| bare::decompress(&mut zstd, sections, &mut scratch))
+            });
         });
         group.bench_function(BenchmarkId::new("linearize and CRC32C", codec), |b| {
             b.iter(|| {

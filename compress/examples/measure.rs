@@ -7,17 +7,13 @@
 #[path = "../tests/planes/mod.rs"]
 mod planes;
 
-use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use compress::{
-    ChunkView, Codec, Decoder, Dtype, Encoder, PlaneEntry, Quantizer, Shape, Side, plane_index, plane_of,
-};
+use compress::{ChunkView, Codec, Decoder, Dtype, Encoder, Shape, Side, plane_index, plane_of};
 use planes::Planes;
+use planes::bare::{self, SEGMENT_BYTES};
 use zstd_safe::DCtx;
 
-/// Payload bytes of one packet on an ordinary link.
-const SEGMENT_BYTES: usize = 1376;
 const REPETITIONS: usize = 40;
 /// Destinations written in turn, as a ring of slots is.
 const SLOTS: usize = 64;
@@ -82,12 +78,12 @@ fn measure(codec: Codec, planes: &Planes, sums: &mut Sums) {
     for (index, entry) in view.planes().enumerate() {
         let start = usize::try_from(entry.offset).expect("a chunk in memory");
         let encoded = &chunk[start..][..usize::try_from(entry.bytes).expect("a chunk in memory")];
-        let sections = sections(&shape, &entry, encoded);
+        let sections = bare::sections(&shape, &entry, encoded);
         let segments = || encoded.chunks(SEGMENT_BYTES);
         let mut least = [Duration::MAX; 4];
         for repetition in 0..REPETITIONS {
             let out = &mut slots[repetition % SLOTS];
-            take(&mut least[0], || bare(&mut zstd, &sections, &mut scratch));
+            take(&mut least[0], || bare::decompress(&mut zstd, &sections, &mut scratch));
             take(&mut least[1], || decoder.linearize_checked(segments(), &entry).expect("intact"));
             if !codec.is_exact() {
                 take(&mut least[3], || {
@@ -115,33 +111,6 @@ fn take(least: &mut Duration, work: impl FnOnce()) {
     let start = Instant::now();
     work();
     *least = start.elapsed().min(*least);
-}
-
-/// The sections of a plane with the bytes each decompresses to, found as `docs/FORMAT.md` says.
-fn sections<'a>(shape: &Shape, entry: &PlaneEntry, encoded: &'a [u8]) -> Vec<(&'a [u8], usize)> {
-    let elements = shape.elements_per_plane();
-    let groups = if entry.quantizer == Quantizer::PerChannel { shape.channels() } else { shape.head_rows() };
-    match entry.codec {
-        Codec::Raw => vec![(encoded, encoded.len())],
-        Codec::Lossless => {
-            let high = u32::from_le_bytes([encoded[0], encoded[1], encoded[2], encoded[3]]);
-            let (high, low) = encoded[4..].split_at(usize::try_from(high).expect("a section in memory"));
-            vec![(high, elements), (low, elements)]
-        }
-        Codec::Int8 => vec![(&encoded[groups * 4..], elements)],
-        Codec::Int4 => vec![(&encoded[groups * 4..], elements / 2)],
-    }
-}
-
-fn bare(zstd: &mut DCtx<'_>, sections: &[(&[u8], usize)], scratch: &mut [u8]) {
-    for &(section, bytes) in sections {
-        if section.len() == bytes {
-            scratch[..bytes].copy_from_slice(section);
-        } else {
-            zstd.decompress(&mut scratch[..bytes], section).expect("a frame that the encoder wrote");
-        }
-    }
-    black_box(scratch);
 }
 
 /// RMS of the error over RMS of the elements.

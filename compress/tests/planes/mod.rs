@@ -1,6 +1,8 @@
 //! Planes to measure with: synthetic ones that look like KV, or those of a file.
 #![allow(dead_code, reason = "each of the programs that share this file uses a part of it")]
 
+pub(crate) mod bare;
+
 use compress::{Dtype, Shape, Side, plane_of};
 use safetensors::{Dtype as FileDtype, SafeTensors};
 
