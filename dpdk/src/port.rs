@@ -1,118 +1,21 @@
 //! Ethernet ports.
 
 use std::collections::HashSet;
-use std::ffi::{CStr, CString, c_int};
+use std::ffi::{CStr, c_int};
 use std::fmt;
-use std::ptr;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use dpdk_sys::{rte_eth_dev_info, rte_eth_stats};
+use dpdk_sys::rte_eth_stats;
 
-use crate::eal::{AttachError, Eal, EalInner};
+use crate::eal::{Eal, EalInner};
 use crate::memif;
 use crate::pool::Pool;
-use crate::port_config::{self, Capabilities, Plan, PortConfig};
+use crate::port_config::{self, Capabilities, PortConfig};
+use crate::port_error::{PortError, check};
+use crate::port_setup::{configure, device_arguments, find, info, port_name, read_rss, set_up_queues};
 use crate::queue::{RxQueue, TxQueue};
 use crate::ring_ports::SharedRings;
-use crate::rss::{MICROSOFT_KEY, Rss};
-
-/// Why a port was not opened.
-#[derive(Debug, thiserror::Error)]
-pub enum PortError {
-    /// No such port.
-    #[error(
-        "there is no port {port:?}; there are: {known}. A PCI device must be bound to vfio-pci (or be an mlx5), a virtual one be \
-         given with --vdev"
-    )]
-    NoSuchPort {
-        /// The name asked for.
-        port: String,
-        /// Names of the ports that exist.
-        known: String,
-    },
-    /// It was named with arguments, or is a PCI device that was not probed at start, and cannot be had.
-    #[error(transparent)]
-    Attach(#[from] AttachError),
-    /// It is open already.
-    #[error("port {0:?} is already open")]
-    AlreadyOpen(String),
-    /// One pool per receive queue is needed.
-    #[error(
-        "port {port:?} has {rx_queues} receive queues but was given {pools} pools: one for each is needed"
-    )]
-    WrongPools {
-        /// The port.
-        port: String,
-        /// Receive queues asked for.
-        rx_queues: u16,
-        /// Pools given.
-        pools: usize,
-    },
-    /// The device has not so many queues.
-    #[error("port {port:?} has at most {most} {what} queues, {asked} were asked for")]
-    TooManyQueues {
-        /// The port.
-        port: String,
-        /// "receive" or "transmit".
-        what: &'static str,
-        /// Queues asked for.
-        asked: u16,
-        /// What the device has.
-        most: u16,
-    },
-    /// The device cannot have this MTU.
-    #[error("port {port:?} takes an MTU from {least} to {most} bytes, not {asked}")]
-    BadMtu {
-        /// The port.
-        port: String,
-        /// MTU asked for.
-        asked: u16,
-        /// The device's smallest.
-        least: u16,
-        /// The device's largest.
-        most: u16,
-    },
-    /// Packets do not fit the pool's buffers and the device cannot use several for one.
-    #[error(
-        "port {port:?} cannot split a packet over buffers: an MTU of {mtu} makes frames of {frame_bytes} bytes, the pool's buffers take \
-         {buffer_bytes}. Use a larger data room or a smaller MTU"
-    )]
-    BuffersTooSmall {
-        /// The port.
-        port: String,
-        /// MTU asked for.
-        mtu: u16,
-        /// What a buffer takes.
-        buffer_bytes: u32,
-        /// What a frame can have.
-        frame_bytes: u32,
-    },
-    /// A shared-memory port cannot be trusted with frames larger than its buffers.
-    #[error(
-        "port {port:?}: an MTU of {mtu} makes frames of {frame_bytes} bytes, its shared buffers take {bsize}: add bsize={frame_bytes} (or \
-         more) to the arguments of the side with role=client"
-    )]
-    MemifBuffersTooSmall {
-        /// The port.
-        port: String,
-        /// MTU asked for.
-        mtu: u16,
-        /// What a shared buffer takes.
-        bsize: u32,
-        /// What a frame can have.
-        frame_bytes: u32,
-    },
-    /// The driver refused.
-    #[error("port {port:?}: {step} failed: {reason}")]
-    Failed {
-        /// The port.
-        port: String,
-        /// What was being done.
-        step: &'static str,
-        /// DPDK's message.
-        reason: String,
-    },
-}
+use crate::rss::Rss;
 
 /// A port's counters since it was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -154,9 +57,10 @@ pub(crate) struct PortInner {
     /// The device's configuration points to it.
     rss_key: Option<Vec<u8>>,
     started: bool,
-    /// Where received packets go. They are dropped after the device, whose queues hold mbufs of theirs.
-    _pools: Vec<Pool>,
+    /// Packets that are left in them go back to their pools.
     _rings: Option<Arc<SharedRings>>,
+    /// Where received packets go. They are dropped after the device, whose queues hold mbufs of theirs, and after the rings.
+    _pools: Vec<Pool>,
     eal: Arc<EalInner>,
 }
 
@@ -210,12 +114,12 @@ impl Port {
             rss: None,
             rss_key: key,
             started: false,
-            _pools: pools.to_vec(),
             _rings: rings,
+            _pools: pools.to_vec(),
             eal: Arc::clone(eal.inner()),
         };
         claim.keep();
-        set_up_queues(&inner, config, &info, &plan, pools)?;
+        set_up_queues(id, name, config, &info, &plan, pools)?;
         inner.start(config.promiscuous, &arguments)?;
         inner.rss = if plan.capabilities.rss { read_rss(id, &info, inner.rss_key.clone()) } else { None };
         let inner = Arc::new(inner);
@@ -433,175 +337,4 @@ impl Drop for Claim<'_> {
 
 fn open_ports(eal: &EalInner) -> MutexGuard<'_, HashSet<u16>> {
     eal.open_ports.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-pub(crate) fn check(port: &str, step: &'static str, code: c_int) -> Result<(), PortError> {
-    if code >= 0 {
-        return Ok(());
-    }
-    Err(PortError::Failed { port: port.to_owned(), step, reason: crate::error_text(code) })
-}
-
-fn find(eal: &Eal, name: &str) -> Result<u16, PortError> {
-    let device = name.split(',').next().unwrap_or(name);
-    if let Some(id) = by_name(device).or_else(|| by_number(device)) {
-        return Ok(id);
-    }
-    let is_pci = device.contains(':') && device.contains('.');
-    if is_pci || device != name {
-        eal.attach(name)?;
-        if let Some(id) = by_name(device) {
-            return Ok(id);
-        }
-    }
-    let known: Vec<String> =
-        (0..u16::MAX).take_while(|&id| id < MAX_PORTS).filter(|&id| exists(id)).map(port_name).collect();
-    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-    Err(PortError::NoSuchPort { port: name.to_owned(), known })
-}
-
-/// Ports that DPDK has room for; far more than any build is made with.
-const MAX_PORTS: u16 = 1024;
-
-fn exists(id: u16) -> bool {
-    // SAFETY: accepts any number.
-    unsafe { dpdk_sys::rte_eth_dev_is_valid_port(id) == 1 }
-}
-
-fn by_number(name: &str) -> Option<u16> {
-    name.parse().ok().filter(|&id| exists(id))
-}
-
-fn by_name(name: &str) -> Option<u16> {
-    let name = CString::new(name).ok()?;
-    let mut id = 0;
-    // SAFETY: reads a C string, writes a number.
-    let code = unsafe { dpdk_sys::rte_eth_dev_get_port_by_name(name.as_ptr(), &raw mut id) };
-    (code == 0).then_some(id)
-}
-
-fn port_name(id: u16) -> String {
-    let mut name = [0_u8; 256];
-    // SAFETY: writes at most RTE_ETH_NAME_MAX_LEN (64) bytes, or nothing.
-    unsafe { dpdk_sys::rte_eth_dev_get_name_by_port(id, name.as_mut_ptr().cast()) };
-    let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
-    String::from_utf8_lossy(&name[..end]).into_owned()
-}
-
-fn info(id: u16, name: &str) -> Result<rte_eth_dev_info, PortError> {
-    let mut info = rte_eth_dev_info::default();
-    // SAFETY: the port exists; the structure is written or stays as it is.
-    check(name, "asking for the device's limits", unsafe {
-        dpdk_sys::rte_eth_dev_info_get(id, &raw mut info)
-    })?;
-    Ok(info)
-}
-
-/// What follows the name in the device's arguments.
-fn device_arguments(device: *mut dpdk_sys::rte_device) -> String {
-    // SAFETY: the device of an existing port.
-    let arguments = unsafe { dpdk_sys::shim_device_arguments(device) };
-    if arguments.is_null() {
-        return String::new();
-    }
-    // SAFETY: a C string that lives as long as the device.
-    unsafe { CStr::from_ptr(arguments) }.to_string_lossy().into_owned()
-}
-
-/// Configures the device. Returns the RSS key that it was given; one that refuses it keeps its own.
-fn configure(
-    id: u16,
-    name: &str,
-    config: &PortConfig,
-    info: &rte_eth_dev_info,
-    plan: &Plan,
-) -> Result<Option<Vec<u8>>, PortError> {
-    let step = "configuring the device";
-    // SAFETY: the port exists and is not started; what the structure points to outlives the call.
-    let apply =
-        |conf| unsafe { dpdk_sys::rte_eth_dev_configure(id, config.rx_queues, config.tx_queues, conf) };
-    let mut conf = plan.conf;
-    if plan.capabilities.rss && info.hash_key_size > 0 {
-        let mut key: Vec<u8> =
-            MICROSOFT_KEY.iter().copied().cycle().take(usize::from(info.hash_key_size)).collect();
-        conf.rx_adv_conf.rss_conf.rss_key = key.as_mut_ptr();
-        conf.rx_adv_conf.rss_conf.rss_key_len = info.hash_key_size;
-        if apply(&raw const conf) == 0 {
-            return Ok(Some(key));
-        }
-        conf.rx_adv_conf.rss_conf.rss_key = ptr::null_mut();
-        conf.rx_adv_conf.rss_conf.rss_key_len = 0;
-    }
-    check(name, step, apply(&raw const conf))?;
-    Ok(None)
-}
-
-fn set_up_queues(
-    port: &PortInner,
-    config: &PortConfig,
-    info: &rte_eth_dev_info,
-    plan: &Plan,
-    pools: &[Pool],
-) -> Result<(), PortError> {
-    let (mut rx_descriptors, mut tx_descriptors) = (config.rx_descriptors, config.tx_descriptors);
-    // SAFETY: the port is configured; the numbers are brought into its limits.
-    let code = unsafe {
-        dpdk_sys::rte_eth_dev_adjust_nb_rx_tx_desc(port.id, &raw mut rx_descriptors, &raw mut tx_descriptors)
-    };
-    check(&port.name, "choosing the number of descriptors", code)?;
-    // SAFETY: the port exists.
-    let node = unsafe { dpdk_sys::rte_eth_dev_socket_id(port.id) };
-    #[expect(clippy::cast_sign_loss, reason = "C passes SOCKET_ID_ANY, which is -1, as unsigned")]
-    let node = node as u32;
-    for (queue, pool) in (0..config.rx_queues).zip(pools) {
-        let mut conf = info.default_rxconf;
-        conf.offloads = plan.conf.rxmode.offloads;
-        // SAFETY: the queue exists; the port holds the pool.
-        let code = unsafe {
-            dpdk_sys::rte_eth_rx_queue_setup(
-                port.id,
-                queue,
-                rx_descriptors,
-                node,
-                &raw const conf,
-                pool.raw(),
-            )
-        };
-        check(&port.name, "setting up a receive queue", code)?;
-    }
-    for queue in 0..config.tx_queues {
-        let mut conf = info.default_txconf;
-        conf.offloads = plan.conf.txmode.offloads;
-        // SAFETY: the queue exists.
-        let code = unsafe {
-            dpdk_sys::rte_eth_tx_queue_setup(port.id, queue, tx_descriptors, node, &raw const conf)
-        };
-        check(&port.name, "setting up a transmit queue", code)?;
-    }
-    Ok(())
-}
-
-/// Reads back key and indirection table. A device that does not tell its key has the one that it was given.
-fn read_rss(id: u16, info: &rte_eth_dev_info, given: Option<Vec<u8>>) -> Option<Rss> {
-    let mut key = vec![0_u8; usize::from(info.hash_key_size)];
-    let mut conf = dpdk_sys::rte_eth_rss_conf {
-        rss_key: key.as_mut_ptr(),
-        rss_key_len: info.hash_key_size,
-        ..Default::default()
-    };
-    // SAFETY: the port is started; at most `rss_key_len` bytes are written.
-    let told = unsafe { dpdk_sys::rte_eth_dev_rss_hash_conf_get(id, &raw mut conf) } == 0
-        && key.iter().any(|&byte| byte != 0);
-    let key = if told { key } else { given? };
-    let group = dpdk_sys::RTE_ETH_RETA_GROUP_SIZE as usize;
-    let mut groups =
-        vec![dpdk_sys::rte_eth_rss_reta_entry64::default(); usize::from(info.reta_size).div_ceil(group)];
-    groups.iter_mut().for_each(|entries| entries.mask = u64::MAX);
-    // SAFETY: there are as many groups as `reta_size` entries need.
-    let code = unsafe { dpdk_sys::rte_eth_dev_rss_reta_query(id, groups.as_mut_ptr(), info.reta_size) };
-    if code != 0 {
-        return None;
-    }
-    let entries = groups.iter().flat_map(|entries| entries.reta).take(usize::from(info.reta_size));
-    Some(Rss { key, reta: entries.collect() })
 }

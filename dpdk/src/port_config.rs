@@ -3,7 +3,7 @@
 use dpdk_sys::{rte_eth_conf, rte_eth_dev_info};
 
 use crate::memif;
-use crate::port::PortError;
+use crate::port_error::PortError;
 
 /// How a port is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

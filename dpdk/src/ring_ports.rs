@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use dpdk_sys::{rte_mbuf, rte_ring};
 
 use crate::eal::EalInner;
-use crate::port::{PortError, check};
+use crate::port_error::{PortError, check};
 use crate::ring::create;
 
 /// The rings of a pair of ports. They outlive both; packets that are still in them then are freed.
