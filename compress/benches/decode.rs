@@ -8,7 +8,7 @@
 #[path = "../tests/planes/mod.rs"]
 mod planes;
 
-use compress::{ChunkView, Codec, Decoder, Dtype, Encoder, PlaneEntry, Shape, plane_index};
+use compress::{ChunkView, Codec, Decoder, Dtype, Encoder, PlaneEntry, plane_index};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use planes::Planes;
 use planes::bare::{self, SEGMENT_BYTES};
@@ -16,7 +16,6 @@ use zstd_safe::DCtx;
 
 /// An encoded chunk, cut as the data plane meets it.
 struct Encoded {
-    shape: Shape,
     chunk: Vec<u8>,
     entries: Vec<PlaneEntry>,
 }
@@ -33,7 +32,7 @@ impl Encoded {
             )
             .expect("benchmark planes are finite");
         let entries = ChunkView::parse(&chunk).expect("what the encoder writes parses").planes().collect();
-        Self { shape: planes.shape, chunk, entries }
+        Self { chunk, entries }
     }
 
     fn encoded(&self, entry: &PlaneEntry) -> &[u8] {
