@@ -108,12 +108,22 @@ mod tests {
 
     #[test]
     fn the_table_of_the_subcommand_is_used_and_flags_win() {
-        let file = "[store]\nmtu = 1500\njson = true\nload = [\"a\", \"b\"]\nip = \"10.0.0.1/24\"\n[fetch]\nx = 1\n";
+        let file =
+            "[store]\nmtu = 1500\njson = true\nload = [\"a\", \"b\"]\nip = \"10.0.0.1/24\"\n[fetch]\nx = 1\n";
         let arguments = ["shadowserve", "store", "--ip=10.9.9.9/24", "--config", "FILE", "--", "--mtu"];
         let expanded = expand_with(file, &arguments).unwrap();
         let expected = [
-            "shadowserve", "store", "--json", "--load=a", "--load=b", "--mtu=1500", "--ip=10.9.9.9/24",
-            "--config", "FILE", "--", "--mtu",
+            "shadowserve",
+            "store",
+            "--json",
+            "--load=a",
+            "--load=b",
+            "--mtu=1500",
+            "--ip=10.9.9.9/24",
+            "--config",
+            "FILE",
+            "--",
+            "--mtu",
         ];
         let sorted = |list: &[String]| {
             let mut list = list.to_vec();

@@ -70,7 +70,8 @@ pub(crate) struct PipelineFlags {
 }
 
 pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
-    let queues = u16::try_from(flags.pipeline.lcores.count(StageKind::Rx)).context("--lcores: too many queues")?;
+    let queues =
+        u16::try_from(flags.pipeline.lcores.count(StageKind::Rx)).context("--lcores: too many queues")?;
     let config = Config {
         iface: flags.port.config(queues, flags.udp_port)?,
         placement: flags.pipeline.lcores.clone(),

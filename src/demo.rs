@@ -158,7 +158,7 @@ fn why_not_two_processes() -> Option<String> {
         return Some("not root".into());
     }
     let free_mib: u64 =
-        hugepages::status().iter().map(|pool| pool.free_pages * pool.page_bytes >> 20).sum();
+        hugepages::status().iter().map(|pool| (pool.free_pages * pool.page_bytes) >> 20).sum();
     (free_mib < HUGEPAGES_NEEDED_MIB).then(|| {
         format!(
             "{free_mib} MiB of hugepages are free, {HUGEPAGES_NEEDED_MIB} are needed: hugepages/setup.sh config"
@@ -240,19 +240,48 @@ struct TwoProcesses {
 impl TwoProcesses {
     fn start(stage: &Stage<'_>) -> anyhow::Result<Self> {
         let memif = |role: &str| {
-            format!("net_memif0,role={role},socket={}/memif.sock,socket-abstract=no,bsize=2048,rsize=11", stage.folder.display())
+            format!(
+                "net_memif0,role={role},socket={}/memif.sock,socket-abstract=no,bsize=2048,rsize=11",
+                stage.folder.display()
+            )
         };
         let store_cpu = stage.store_cpu.to_string();
         let placement = stage.placement.to_string();
-        let store = Process::start("store", stage, &[
-            "--load", &stage.input.to_string_lossy(), "--codec", stage.codec.name(), "--model", "demo",
-            "--lcores", &store_cpu, "--ip", STORE_IP, "--port", &memif("client"),
-        ])?;
+        let store = Process::start(
+            "store",
+            stage,
+            &[
+                "--load",
+                &stage.input.to_string_lossy(),
+                "--codec",
+                stage.codec.name(),
+                "--model",
+                "demo",
+                "--lcores",
+                &store_cpu,
+                "--ip",
+                STORE_IP,
+                "--port",
+                &memif("client"),
+            ],
+        )?;
         let store_address = format!("10.99.0.1:{STORE_UDP_PORT}");
-        let dataplane = Process::start("dataplane", stage, &[
-            "--lcores", &placement, "--ip", DATA_PLANE_IP, "--port", &memif("server"), "--store", &store_address,
-            "--socket", &stage.socket.to_string_lossy(),
-        ])?;
+        let dataplane = Process::start(
+            "dataplane",
+            stage,
+            &[
+                "--lcores",
+                &placement,
+                "--ip",
+                DATA_PLANE_IP,
+                "--port",
+                &memif("server"),
+                "--store",
+                &store_address,
+                "--socket",
+                &stage.socket.to_string_lossy(),
+            ],
+        )?;
         Ok(Self { store, dataplane })
     }
 }
@@ -305,7 +334,8 @@ impl Process {
             bail!(fault);
         }
         let child = &mut *self.child.borrow_mut();
-        let pid = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw).context("its number")?;
+        let pid =
+            i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw).context("its number")?;
         rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
         let status = child.wait()?;
         if !status.success() {

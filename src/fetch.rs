@@ -82,7 +82,10 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     if report.verified() == Some(false) {
-        eprintln!("error: {} planes differ from what the codec must give", report.mismatched_planes.unwrap_or(0));
+        eprintln!(
+            "error: {} planes differ from what the codec must give",
+            report.mismatched_planes.unwrap_or(0)
+        );
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
@@ -186,7 +189,8 @@ impl Run<'_> {
         if !self.bar || !std::io::stderr().is_terminal() {
             return ProgressBar::hidden();
         }
-        let style = ProgressStyle::with_template("fetching {wide_bar} {pos}/{len} planes").expect("the template is valid");
+        let style = ProgressStyle::with_template("fetching {wide_bar} {pos}/{len} planes")
+            .expect("the template is valid");
         ProgressBar::new(planes).with_style(style)
     }
 

@@ -83,7 +83,11 @@ fn a_killed_client_leaves_nothing_behind() {
     let mut children: Vec<_> = (0..3)
         .map(|_| {
             let mut command = Command::new(PROGRAM);
-            command.args(["fetch", "--repeat", "1000000", "--tokens-from"]).arg(&sample).arg("--socket").arg(&socket);
+            command
+                .args(["fetch", "--repeat", "1000000", "--tokens-from"])
+                .arg(&sample)
+                .arg("--socket")
+                .arg(&socket);
             command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
         })
         .collect();

@@ -20,7 +20,14 @@ fn every_codec_arrives_as_it_must() {
         let (sample, out) = (sample(), cluster.path("out.safetensors"));
         let sample_text = sample.to_string_lossy();
         let output = cluster.fetch(&[
-            "--tokens-from", &sample_text, "--out", &out.to_string_lossy(), "--verify", "--repeat", "3", "--json",
+            "--tokens-from",
+            &sample_text,
+            "--out",
+            &out.to_string_lossy(),
+            "--verify",
+            "--repeat",
+            "3",
+            "--json",
         ]);
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{codec}: {text} {}", String::from_utf8_lossy(&output.stderr));
@@ -28,7 +35,9 @@ fn every_codec_arrives_as_it_must() {
         assert_eq!(report["verified"], true);
         assert_eq!((&report["chunks"], &report["planes"]), (&Value::from(3), &Value::from(24)));
         assert_eq!(report["raw_bytes"], 4 * 2 * 640 * 3 * 64 * 2);
-        for field in ["encoded_bytes", "ratio", "seconds", "goodput_gbps", "delivered_gbps", "mismatched_planes"] {
+        for field in
+            ["encoded_bytes", "ratio", "seconds", "goodput_gbps", "delivered_gbps", "mismatched_planes"]
+        {
             assert!(report[field].is_number(), "{codec}: {field} is {}", report[field]);
         }
         assert!(report["counters"]["planes_delivered"].as_u64() >= Some(72));
@@ -61,8 +70,14 @@ fn stages_on_lcores_of_their_own_and_several_queues_deliver_the_same() {
         cluster.start_store_with_queues(&sample(), if lcores.starts_with("rx@0+1") { "0+1" } else { "1" });
         let client = cluster.client();
         cluster.wait_for_store(&client, &sample_tokens());
-        let output =
-            cluster.fetch(&["--tokens-from", &sample().to_string_lossy(), "--verify", "--repeat", "5", "--json"]);
+        let output = cluster.fetch(&[
+            "--tokens-from",
+            &sample().to_string_lossy(),
+            "--verify",
+            "--repeat",
+            "5",
+            "--json",
+        ]);
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{lcores}: {text} {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -176,9 +191,11 @@ fn nothing_leaks() {
         assert_eq!(report.outcome, Outcome::Done, "{}", report.message);
     };
     (0..100).for_each(|_| fetch());
-    let before = (descriptors(cluster.dataplane.as_ref().unwrap()), descriptors(cluster.store.as_ref().unwrap()));
+    let before =
+        (descriptors(cluster.dataplane.as_ref().unwrap()), descriptors(cluster.store.as_ref().unwrap()));
     (0..fetches()).for_each(|_| fetch());
-    let after = (descriptors(cluster.dataplane.as_ref().unwrap()), descriptors(cluster.store.as_ref().unwrap()));
+    let after =
+        (descriptors(cluster.dataplane.as_ref().unwrap()), descriptors(cluster.store.as_ref().unwrap()));
     assert_eq!(before, after, "open descriptors of data plane and store");
     wait_until("every buffer is back", || {
         let memory = &stats(&client)["memory"];

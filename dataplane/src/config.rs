@@ -50,7 +50,9 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// The store is on another network and there is no gateway.
-    #[error("the store {store} is not on the network of --ip {address}: give --gateway, or an --ip on its network")]
+    #[error(
+        "the store {store} is not on the network of --ip {address}: give --gateway, or an --ip on its network"
+    )]
     NoRoute {
         /// The store.
         store: SocketAddr,
@@ -76,9 +78,14 @@ pub enum ConfigError {
         /// Largest plane.
         slot_kib: usize,
     },
-    /// No segment fits the MTU.
-    #[error("--mtu {0} is too small: no segment fits; give at least 256")]
-    Mtu(u16),
+    /// The protocol's messages do not fit the MTU.
+    #[error("--mtu {mtu} is too small for the protocol's messages: give at least {least}")]
+    Mtu {
+        /// As given.
+        mtu: u16,
+        /// What is needed.
+        least: usize,
+    },
 }
 
 impl Config {
@@ -89,7 +96,8 @@ impl Config {
     pub fn next_hop(&self) -> Result<IpAddr, ConfigError> {
         let no_route = || ConfigError::NoRoute { store: self.store, address: self.iface.address.to_string() };
         let same_version = self.store.is_ipv4() == self.iface.address.ip.is_ipv4();
-        let hop = if self.iface.address.contains(self.store.ip()) { Some(self.store.ip()) } else { self.gateway };
+        let hop =
+            if self.iface.address.contains(self.store.ip()) { Some(self.store.ip()) } else { self.gateway };
         let hop = hop.filter(|hop| same_version && self.iface.address.contains(*hop)).ok_or_else(no_route)?;
         if hop.is_ipv6() && self.store_mac.is_none() {
             return Err(ConfigError::NoMac);

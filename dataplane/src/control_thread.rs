@@ -108,10 +108,8 @@ impl<'a> ControlThread<'a> {
             Ok(Some(mut session)) => {
                 session.set_sleeping(false);
                 self.next_session += 1;
-                self.clients.insert(
-                    self.next_session,
-                    Client { session, unsent: VecDeque::new(), stalled: false },
-                );
+                self.clients
+                    .insert(self.next_session, Client { session, unsent: VecDeque::new(), stalled: false });
             }
             Ok(None) => {}
             Err(error) => warn!("a client could not be taken: {error}"),
@@ -135,7 +133,9 @@ impl<'a> ControlThread<'a> {
         }
         client.send_unsent()?;
         while accepting && client.unsent.is_empty() {
-            let Some(command) = client.session.next_command().map_err(|error| error.to_string())? else { break };
+            let Some(command) = client.session.next_command().map_err(|error| error.to_string())? else {
+                break;
+            };
             let owner = Owner { session: number, command: command.id() };
             match command {
                 Command::Stats { .. } => {
@@ -217,7 +217,8 @@ impl<'a> ControlThread<'a> {
 
     /// Sleeps until a client wants something, or until it is time to look at what the lcores have done.
     fn sleep(&mut self) {
-        let mut timeout = if self.fetches.idle() && self.stats_for.is_empty() { IDLE_SLEEP } else { ACTIVE_SLEEP };
+        let mut timeout =
+            if self.fetches.idle() && self.stats_for.is_empty() { IDLE_SLEEP } else { ACTIVE_SLEEP };
         for client in self.clients.values_mut() {
             if !client.session.set_sleeping(true) {
                 timeout = Duration::ZERO;

@@ -11,7 +11,9 @@ use gpu_dma::{ChunkShape as SinkShape, Layout, Placement};
 use hugepages::Arena;
 use protocol::{ChunkShape, Key, LookupOutcome};
 
-use crate::job::{ChunkTarget, FetchPart, FetchShared, LookupAnswer, LookupPart, PartId, Progress, QueueMessage};
+use crate::job::{
+    ChunkTarget, FetchPart, FetchShared, LookupAnswer, LookupPart, PartId, Progress, QueueMessage,
+};
 use crate::latency::Latencies;
 
 /// The control thread's ends of the rings of one queue.
@@ -128,7 +130,9 @@ impl Fetches {
             }
             Command::Fetch { timeout_ms, layout, shape, out_dtype, chunks, progress, .. } => {
                 let wanted = Wanted { layout, shape, out_dtype, chunks: &chunks };
-                match region.ok_or_else(|| "the region is gone".to_owned()).and_then(|region| self.plan(region, &wanted))
+                match region
+                    .ok_or_else(|| "the region is gone".to_owned())
+                    .and_then(|region| self.plan(region, &wanted))
                 {
                     Ok((shared, expect)) => {
                         let keys = chunks.iter().map(|chunk| Key(chunk.key)).collect();
@@ -167,7 +171,8 @@ impl Fetches {
                 planes_per_chunk / 2
             ));
         }
-        let layout = Layout { layer: layout.layer, side: layout.side, token: layout.token, head: layout.head };
+        let layout =
+            Layout { layer: layout.layer, side: layout.side, token: layout.token, head: layout.head };
         let target = |place: &ChunkPlace| {
             let shape = SinkShape {
                 layers: shape.layers,
@@ -276,9 +281,19 @@ impl Fetches {
                 let chunks = 0..u32::try_from(keys.len()).unwrap_or(u32::MAX);
                 let missing = chunks.map(|chunk| Missing { chunk, reason }).collect::<Vec<_>>();
                 let message = end_message(outcome, &missing, keys.len());
-                Completion::Ended { id, outcome, planes: 0, encoded_bytes: 0, delivered_bytes: 0, missing, message }
+                Completion::Ended {
+                    id,
+                    outcome,
+                    planes: 0,
+                    encoded_bytes: 0,
+                    delivered_bytes: 0,
+                    missing,
+                    message,
+                }
             }
-            Work::Lookup { .. } => Completion::LookupFailed { id, message: format!("the lookup ended: {reason}") },
+            Work::Lookup { .. } => {
+                Completion::LookupFailed { id, message: format!("the lookup ended: {reason}") }
+            }
         };
         self.ended.push((owner, completion));
     }
@@ -297,7 +312,9 @@ impl Fetches {
             }
             match active.kind {
                 Kind::Fetch { .. } => {
-                    self.queues.iter_mut().for_each(|queue| send(queue, QueueMessage::CancelFetch(active.id)));
+                    self.queues
+                        .iter_mut()
+                        .for_each(|queue| send(queue, QueueMessage::CancelFetch(active.id)));
                 }
                 Kind::Lookup => {
                     let index = active.id.slot() % self.queues.len();
@@ -332,7 +349,10 @@ impl Fetches {
                 if planes != *told_planes {
                     *told_planes = planes;
                     let id = active.owner.command;
-                    news.push((active.owner, Completion::Progress { id, planes, encoded_bytes, delivered_bytes }));
+                    news.push((
+                        active.owner,
+                        Completion::Progress { id, planes, encoded_bytes, delivered_bytes },
+                    ));
                 }
             }
         }
@@ -374,7 +394,8 @@ impl Fetches {
             return;
         }
         let (planes, encoded_bytes, delivered_bytes) = shared.progress.get();
-        let missing: Vec<Missing> = missing.iter().map(|(&chunk, &reason)| Missing { chunk, reason }).collect();
+        let missing: Vec<Missing> =
+            missing.iter().map(|(&chunk, &reason)| Missing { chunk, reason }).collect();
         let outcome = match (*cancelled, missing.is_empty()) {
             (true, _) => Outcome::Cancelled,
             (false, true) => Outcome::Done,
@@ -420,14 +441,16 @@ struct Wanted<'a> {
     chunks: &'a [ChunkPlace],
 }
 
-fn looked_up(
-    id: u64,
-    found: u32,
-    encoded_bytes: u64,
-    last: Option<protocol::ChunkInfo>,
-) -> Completion {
+fn looked_up(id: u64, found: u32, encoded_bytes: u64, last: Option<protocol::ChunkInfo>) -> Completion {
     let Some(info) = last.filter(|_| found > 0) else {
-        return Completion::LookedUp { id, found: 0, last_tokens: 0, encoded_bytes: 0, shape: None, codec: None };
+        return Completion::LookedUp {
+            id,
+            found: 0,
+            last_tokens: 0,
+            encoded_bytes: 0,
+            shape: None,
+            codec: None,
+        };
     };
     let dtype = Dtype::from_wire(info.dtype).map(|dtype| match dtype {
         Dtype::Bf16 => control::Dtype::Bf16,
@@ -456,7 +479,12 @@ fn end_message(outcome: Outcome, missing: &[Missing], chunks: usize) -> String {
         (Outcome::Cancelled, _) => "the fetch was cancelled".into(),
         (_, None) => String::new(),
         (_, Some(first)) => {
-            format!("{} of {chunks} chunks did not arrive; chunk {}: {}", missing.len(), first.chunk, first.reason)
+            format!(
+                "{} of {chunks} chunks did not arrive; chunk {}: {}",
+                missing.len(),
+                first.chunk,
+                first.reason
+            )
         }
     }
 }

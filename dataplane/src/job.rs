@@ -128,6 +128,7 @@ impl PlaneJob {
 
 /// What the control thread and a queue say to each other. The queue answers every message by sending it back, filled
 /// in, so that only the control thread allocates and frees.
+#[expect(clippy::large_enum_variant, reason = "always boxed, and few at a time")]
 pub(crate) enum QueueMessage {
     /// Fetch this queue's share; comes back when it has ended.
     Fetch(FetchPart),
@@ -147,14 +148,14 @@ pub(crate) enum QueueMessage {
 pub(crate) struct PartId(pub(crate) u64);
 
 impl PartId {
-    pub(crate) const SLOT_BITS: u32 = 16;
 
     pub(crate) fn new(slot: usize, serial: u64) -> Self {
-        Self(serial << Self::SLOT_BITS | slot as u64)
+        Self((serial << 16) | slot as u64)
     }
 
     pub(crate) fn slot(self) -> usize {
-        usize::from(self.0 as u16)
+        let [low, high, ..] = self.0.to_le_bytes();
+        usize::from(u16::from_le_bytes([low, high]))
     }
 }
 

@@ -11,6 +11,7 @@ use gpu_dma::HostRing;
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
 use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
 use protocol::frame::max_segment_bytes;
+use protocol::wire::message::MAX_CONTROL_BYTES;
 use protocol::{FetchConfig, FetchEngine};
 
 use crate::chunk_layout::EncodedChunks;
@@ -107,12 +108,14 @@ impl Budget {
             }
         }
         let segment_bytes = max_segment_bytes(config.iface.mtu, &config.iface.address.ip);
-        if segment_bytes < 128 {
-            return Err(ConfigError::Mtu(config.iface.mtu));
+        let payload = usize::from(config.iface.mtu).saturating_sub(48);
+        if payload < MAX_CONTROL_BYTES || segment_bytes == 0 {
+            return Err(ConfigError::Mtu { mtu: config.iface.mtu, least: MAX_CONTROL_BYTES + 48 });
         }
         let queues = config.iface.queues;
         // An encoded plane may be a little larger than a decoded one: scales, and frames that did not shrink.
-        let max_plane_bytes = u32::try_from(config.slot_bytes + config.slot_bytes / 16 + 4096).unwrap_or(u32::MAX);
+        let max_plane_bytes =
+            u32::try_from(config.slot_bytes + config.slot_bytes / 16 + 4096).unwrap_or(u32::MAX);
         let plane_segments = max_plane_bytes.div_ceil(u32::from(segment_bytes));
         // What the device's rings and each lcore's pool cache can hold is not there for planes.
         let reserved = u32::from(config.iface.rx_descriptors) + u32::from(config.iface.tx_descriptors) + 512;
@@ -336,11 +339,7 @@ impl StageBuilder<'_> {
     }
 
     /// Gives every lcore its stages and starts it.
-    fn launch(
-        &self,
-        rx_stages: Vec<RxStage>,
-        control: &LcoreControl,
-    ) -> Result<Vec<LcoreView>, BuildError> {
+    fn launch(&self, rx_stages: Vec<RxStage>, control: &LcoreControl) -> Result<Vec<LcoreView>, BuildError> {
         let mut rx_stages = rx_stages.into_iter();
         let mut lcores = Vec::new();
         for (worker, (cpu, kinds)) in self.config.placement.lcores().enumerate() {

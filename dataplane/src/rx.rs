@@ -5,12 +5,14 @@ use std::sync::Arc;
 use compress::ChunkView;
 use control::MissingReason;
 use dpdk::{Mbuf, Ring, RingReceiver, RingSender};
-use iface::{Counter, Link, LinkCounters, Outgoing, Stage};
 use iface::steer::PortMap;
+use iface::{Counter, Link, LinkCounters, Outgoing, Stage};
 use protocol::frame::Peer;
 use protocol::reason::DropReason;
 use protocol::time::Instant;
-use protocol::{Accepted, Event, FetchEngine, FetchId, FetchOutcome, LookupId, StoreIndex, TransferId, Verdict};
+use protocol::{
+    Accepted, Event, FetchEngine, FetchId, FetchOutcome, LookupId, StoreIndex, TransferId, Verdict,
+};
 
 use crate::chunk_layout::EncodedChunks;
 use crate::job::{
@@ -293,7 +295,15 @@ impl RxStage {
     }
 
     /// A plane is complete: fills in its job and sends it to the decoders.
-    fn send_out(&mut self, now_ns: u64, transfer: TransferId, fetch: FetchId, chunk: u32, plane: u16, segments: u32) {
+    fn send_out(
+        &mut self,
+        now_ns: u64,
+        transfer: TransferId,
+        fetch: FetchId,
+        chunk: u32,
+        plane: u16,
+        segments: u32,
+    ) {
         self.counters.planes_arrived.add(1);
         let Some(mut job) = self.planes.0[transfer.slot()].take() else {
             unreachable!("a transfer that is being received has its job here");
@@ -346,7 +356,9 @@ impl Planes {
         mut mbuf: Mbuf,
     ) -> Result<(), DropReason> {
         let now = Instant::from_nanos(now_ns);
-        let Accepted::Segment { transfer, segment, data } = engine.handle_datagram(now, store, mbuf.data())? else {
+        let Accepted::Segment { transfer, segment, data } =
+            engine.handle_datagram(now, store, mbuf.data())?
+        else {
             counters.control_accepted.add(1);
             return Ok(());
         };

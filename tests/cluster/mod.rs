@@ -12,29 +12,29 @@ use serde_json::Value;
 use store::kv_file::{self, KvFile, SequenceShape};
 use tempfile::TempDir;
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_shadowserve");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_shadowserve");
 
 /// How long anything may take on a busy machine before the test gives up.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A folder with sockets and files, and what runs in it.
-pub struct Cluster {
-    pub store: Option<Process>,
-    pub dataplane: Option<Process>,
+pub(crate) struct Cluster {
+    pub(crate) store: Option<Process>,
+    pub(crate) dataplane: Option<Process>,
     codec: Codec,
     /// Last, so that the processes end before their files go.
     folder: TempDir,
 }
 
 /// A running `shadowserve`.
-pub struct Process {
+pub(crate) struct Process {
     child: Child,
     log: PathBuf,
 }
 
 impl Cluster {
     /// A data plane with extra flags; no store yet.
-    pub fn new(codec: Codec, flags: &[&str]) -> Self {
+    pub(crate) fn new(codec: Codec, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut cluster = Self { folder, codec, store: None, dataplane: None };
         cluster.start_dataplane(flags);
@@ -42,17 +42,17 @@ impl Cluster {
     }
 
     /// A data plane and a store that holds `file`.
-    pub fn with_store(codec: Codec, file: &Path) -> Self {
+    pub(crate) fn with_store(codec: Codec, file: &Path) -> Self {
         let mut cluster = Self::new(codec, &[]);
         cluster.start_store(file);
         cluster
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.path("control.sock")
     }
 
@@ -60,7 +60,7 @@ impl Cluster {
         format!("net_memif0,role={role},socket={},socket-abstract=no", self.path("memif.sock").display())
     }
 
-    pub fn start_dataplane(&mut self, flags: &[&str]) {
+    pub(crate) fn start_dataplane(&mut self, flags: &[&str]) {
         let (port, socket) = (self.port("server"), self.socket());
         let mut arguments = vec!["dataplane", "--no-huge", "--idle-sleep-us", "20", "--ip", "10.99.0.2/24"];
         let socket_text = socket.to_string_lossy();
@@ -78,27 +78,39 @@ impl Cluster {
         });
     }
 
-    pub fn start_store(&mut self, file: &Path) {
+    pub(crate) fn start_store(&mut self, file: &Path) {
         self.start_store_with_queues(file, "1");
     }
 
     /// One queue on each of `cpus`.
-    pub fn start_store_with_queues(&mut self, file: &Path, cpus: &str) {
+    pub(crate) fn start_store_with_queues(&mut self, file: &Path, cpus: &str) {
         let port = self.port("client");
         let file = file.to_string_lossy();
         let arguments = [
-            "store", "--no-huge", "--idle-sleep-us", "20", "--ip", "10.99.0.1/24", "--port", &port, "--load", &file,
-            "--codec", self.codec.name(), "--lcores", cpus,
+            "store",
+            "--no-huge",
+            "--idle-sleep-us",
+            "20",
+            "--ip",
+            "10.99.0.1/24",
+            "--port",
+            &port,
+            "--load",
+            &file,
+            "--codec",
+            self.codec.name(),
+            "--lcores",
+            cpus,
         ];
         self.store = Some(Process::start(&arguments, self.path("store.log")));
     }
 
     /// A client in this process, once the store answers.
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         Client::connect(self.socket(), &ClientConfig::new(self.namespace())).unwrap()
     }
 
-    pub fn namespace(&self) -> Namespace {
+    pub(crate) fn namespace(&self) -> Namespace {
         Namespace {
             model: "default".into(),
             layout: "nhd".into(),
@@ -108,12 +120,12 @@ impl Cluster {
     }
 
     /// Waits until the store answers lookups of `tokens`.
-    pub fn wait_for_store(&self, client: &Client, tokens: &[i32]) {
+    pub(crate) fn wait_for_store(&self, client: &Client, tokens: &[i32]) {
         wait_until("the store answers", || client.lookup(tokens, Duration::from_millis(300)).is_ok());
     }
 
     /// Runs `shadowserve fetch` against this data plane.
-    pub fn fetch(&self, flags: &[&str]) -> Output {
+    pub(crate) fn fetch(&self, flags: &[&str]) -> Output {
         let socket = self.socket();
         Command::new(PROGRAM)
             .args(["fetch", "--socket", &socket.to_string_lossy(), "--codec", self.codec.name()])
@@ -133,34 +145,34 @@ impl Process {
     }
 
     /// Fails the test if the process has ended.
-    pub fn check(&mut self) {
+    pub(crate) fn check(&mut self) {
         if let Some(status) = self.child.try_wait().unwrap() {
             panic!("ended with {status}:\n{}", self.log_text());
         }
     }
 
-    pub fn log_text(&self) -> String {
+    pub(crate) fn log_text(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// Its open descriptors.
-    pub fn descriptors(&self) -> usize {
+    pub(crate) fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
     /// Its mappings.
-    pub fn maps(&self) -> String {
+    pub(crate) fn maps(&self) -> String {
         std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap()
     }
 
     /// SIGKILL.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// SIGTERM; the process must end in order.
-    pub fn terminate(mut self) -> String {
+    pub(crate) fn terminate(mut self) -> String {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let status = self.child.wait().unwrap();
@@ -180,7 +192,7 @@ impl Drop for Process {
 }
 
 /// Polls until `reached`, or fails the test.
-pub fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !reached() {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
@@ -189,16 +201,16 @@ pub fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
 }
 
 /// The sample that the repository carries.
-pub fn sample() -> PathBuf {
+pub(crate) fn sample() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("perf/samples/smollm2-135m-kv-640.safetensors")
 }
 
-pub fn sample_tokens() -> Vec<i32> {
+pub(crate) fn sample_tokens() -> Vec<i32> {
     KvFile::open(&sample()).unwrap().tokens().to_vec()
 }
 
 /// Writes a KV cache of varied values, for sizes that the sample does not have. Returns its tokens.
-pub fn write_kv(path: &Path, layers: u16, tokens: usize) -> Vec<i32> {
+pub(crate) fn write_kv(path: &Path, layers: u16, tokens: usize) -> Vec<i32> {
     let shape = SequenceShape { layers, tokens, kv_heads: 2, head_dim: 16, dtype: Dtype::Bf16 };
     let value = |index: usize| {
         let angle = f32::from(u16::try_from(index % 60_000).unwrap());
@@ -212,6 +224,6 @@ pub fn write_kv(path: &Path, layers: u16, tokens: usize) -> Vec<i32> {
 }
 
 /// The data plane's statistics.
-pub fn stats(client: &Client) -> Value {
+pub(crate) fn stats(client: &Client) -> Value {
     serde_json::from_str(&client.stats().unwrap()).unwrap()
 }
