@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     match run() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", with_causes(&error));
             ExitCode::FAILURE
         }
     }
@@ -57,6 +57,17 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Demo(flags) => demo::run(&flags),
         Command::Doctor(flags) => doctor::run(&flags),
     }
+}
+
+/// An error and its causes, without those that its text names already.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// Log lines go to standard error; `SHADOWSERVE_LOG` says which, as in `debug` or `dataplane=debug`.
