@@ -24,8 +24,6 @@ pub(crate) struct DecodeStage {
     pub(crate) decoder: Decoder,
     pub(crate) rings: DecodeRings,
     pub(crate) clock: Clock,
-    /// A slot taken for a plane that turned out not to need it, kept for the next.
-    pub(crate) spare: Option<Box<Slot>>,
 }
 
 impl Stage for DecodeStage {
@@ -35,9 +33,9 @@ impl Stage for DecodeStage {
         if self.rings.planes.is_empty() {
             return 0;
         }
-        let Some(slot) = self.spare.take().or_else(|| self.rings.slots.dequeue()) else { return 0 };
+        let Some(slot) = self.rings.slots.dequeue() else { return 0 };
         let Some(job) = self.rings.planes.dequeue() else {
-            self.spare = Some(slot);
+            self.give_back(slot);
             return 0;
         };
         self.decode(job, slot);
@@ -55,10 +53,15 @@ impl DecodeStage {
             job.slot = Some(slot);
             &self.rings.decoded
         } else {
-            self.spare = Some(slot);
+            self.give_back(slot);
             &self.rings.returned[job.queue]
         };
         assert!(ring.enqueue(job).is_ok(), "the rings have room for every job");
+    }
+
+    /// Another decoder may be waiting for a slot that this one turned out not to need.
+    fn give_back(&self, slot: Box<Slot>) {
+        assert!(self.rings.slots.enqueue(slot).is_ok(), "the ring has room for every slot");
     }
 
     /// [`PlaneOutcome::Pending`] if the slot now holds the decoded plane.

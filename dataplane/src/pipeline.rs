@@ -320,7 +320,6 @@ impl StageBuilder<'_> {
                 slots: self.rings.slots.clone(),
             },
             clock: self.clock,
-            spare: None,
         }
     }
 
