@@ -5,8 +5,8 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use compress::{ChunkHeader, Codec, EncodeError, Encoder, Side};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageChoice, PageSize, Slot, Slots, SlotsError};
@@ -32,7 +32,9 @@ pub enum LoadError {
         source: EncodeError,
     },
     /// the encoded chunks exceed the memory budget
-    #[error("the encoded chunks need {needed_bytes} bytes, more than --memory-mib allows ({budget_bytes} bytes)")]
+    #[error(
+        "the encoded chunks need {needed_bytes} bytes, more than --memory-mib allows ({budget_bytes} bytes)"
+    )]
     Budget {
         /// bytes needed so far
         needed_bytes: usize,
@@ -101,11 +103,16 @@ impl ChunkStore {
 
     fn keep(encoded: Vec<Encoded>, raw_bytes: usize, config: &LoadConfig) -> Result<Self, LoadError> {
         let total: usize = encoded.iter().map(|chunk| chunk.bytes.len().next_multiple_of(64)).sum();
-        let arena =
-            Arena::new(ArenaConfig { name: "chunks", bytes: total.max(1), page: config.pages, numa_node: None })?;
+        let arena = Arena::new(ArenaConfig {
+            name: "chunks",
+            bytes: total.max(1),
+            page: config.pages,
+            numa_node: None,
+        })?;
         let page_size = arena.page_size();
         let bytes = arena.bytes();
-        let mut memory = Slots::new(arena, bytes)?.take().pop().expect("an arena is one slot of its own size");
+        let mut memory =
+            Slots::new(arena, bytes)?.take().pop().expect("an arena is one slot of its own size");
         let (mut stored, mut index, mut offset) = (Vec::new(), HashMap::new(), 0);
         for chunk in encoded {
             let handle = u32::try_from(stored.len()).expect("fewer than 4 Gi chunks fit in memory");
@@ -216,7 +223,8 @@ fn encode(encoder: &mut Encoder, job: &Job<'_>) -> Result<Encoded, LoadError> {
         }
     }
     let mut bytes = Vec::new();
-    let plane = |layer: u16, side: Side| planes[usize::from(layer) * 2 + usize::from(side == Side::V)].as_slice();
+    let plane =
+        |layer: u16, side: Side| planes[usize::from(layer) * 2 + usize::from(side == Side::V)].as_slice();
     encoder.encode_chunk(&job.key.0, &shape, plane, &mut bytes).map_err(|source| LoadError::Encode {
         path: job.path.clone(),
         chunk: job.chunk,

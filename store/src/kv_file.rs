@@ -6,8 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use compress::{CHUNK_TOKENS, Dtype, Shape, Side};
-use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 use safetensors::Dtype as FileDtype;
+use safetensors::tensor::{Metadata, TensorInfo, TensorView};
 
 /// Why a file could not be read as a KV cache.
 #[derive(Debug, thiserror::Error)]
@@ -288,8 +288,12 @@ pub fn write(
         Dtype::Bf16 => FileDtype::BF16,
         Dtype::F16 => FileDtype::F16,
     };
-    let dims =
-        vec![usize::from(shape.layers), shape.tokens, usize::from(shape.kv_heads), usize::from(shape.head_dim)];
+    let dims = vec![
+        usize::from(shape.layers),
+        shape.tokens,
+        usize::from(shape.kv_heads),
+        usize::from(shape.head_dim),
+    ];
     let ids: Vec<u8> = tokens.iter().flat_map(|id| id.to_le_bytes()).collect();
     let view = |dtype, dims, bytes| TensorView::new(dtype, dims, bytes).expect("the lengths agree");
     let tensors = [

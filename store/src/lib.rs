@@ -57,7 +57,12 @@ struct QueueView {
 ///
 /// # Errors
 /// When the port or an lcore cannot be had, or an lcore panics.
-pub fn run(eal: &Eal, config: &Config, chunks: Arc<ChunkStore>, stop: &AtomicBool) -> Result<Value, RunError> {
+pub fn run(
+    eal: &Eal,
+    config: &Config,
+    chunks: Arc<ChunkStore>,
+    stop: &AtomicBool,
+) -> Result<Value, RunError> {
     let opened = iface::open(eal, &config.iface, None, &[])?;
     let lcores_stop = Arc::new(AtomicBool::new(false));
     let control =
@@ -73,7 +78,8 @@ pub fn run(eal: &Eal, config: &Config, chunks: Arc<ChunkStore>, stop: &AtomicBoo
         let counts = Arc::<ServeCounts>::default();
         queues.push(QueueView { link: Arc::clone(link.counters()), counts: Arc::clone(&counts) });
         let engine = ServeEngine::new(serve_config);
-        let stage = ServeStage { chunks: Arc::clone(&chunks), link, engine, counts, udp_port: config.iface.udp_port };
+        let stage =
+            ServeStage { chunks: Arc::clone(&chunks), link, engine, counts, udp_port: config.iface.udp_port };
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(stage)];
         let (control, counters) = (control.clone(), LcoreCounters::default());
         eal.launch(worker, move || lcore::run(&mut stages, &control, &counters))?;

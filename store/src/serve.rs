@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use iface::{Counter, Link, Outgoing, Stage};
-use protocol::serve::ServeEngine;
 use protocol::ChunkSource;
+use protocol::serve::ServeEngine;
 
 use crate::chunks::ChunkStore;
 
@@ -44,8 +44,7 @@ impl ServeStage {
         link.receive(now_ns, |datagram| {
             counts.datagrams.add(1);
             let payload = datagram.mbuf.data();
-            let answered =
-                engine.handle_datagram(datagram.from, payload, chunks.as_ref());
+            let answered = engine.handle_datagram(datagram.from, payload, chunks.as_ref());
             if let Err(reason) = answered {
                 link_counters.dropped.add(reason);
             }
@@ -65,8 +64,12 @@ impl ServeStage {
                 let transmit = engine.poll_transmit(buffer)?;
                 let mut payload_bytes = transmit.header_bytes;
                 if let Some((handle, range)) = transmit.payload {
-                    let Some(bytes) = chunks.bytes(handle).and_then(|chunk| chunk.get(range)) else { continue };
-                    let Some(room) = buffer.get_mut(payload_bytes..payload_bytes + bytes.len()) else { continue };
+                    let Some(bytes) = chunks.bytes(handle).and_then(|chunk| chunk.get(range)) else {
+                        continue;
+                    };
+                    let Some(room) = buffer.get_mut(payload_bytes..payload_bytes + bytes.len()) else {
+                        continue;
+                    };
                     room.copy_from_slice(bytes);
                     payload_bytes += bytes.len();
                     counts.segments.add(1);
