@@ -1,0 +1,82 @@
+//! Packets as bytes.
+
+use protocol::frame::{Local, Peer, TxChecksum, emit_udp};
+
+/// Bytes before a UDP payload.
+pub(crate) const HEADERS: usize = 42;
+const IP: usize = 14;
+const UDP: usize = 34;
+
+/// A packet, in one buffer or in two.
+#[derive(Debug, Clone)]
+pub(crate) struct Frame {
+    pub(crate) bytes: Vec<u8>,
+    /// Where the second buffer begins.
+    pub(crate) split: Option<usize>,
+}
+
+impl From<Vec<u8>> for Frame {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes, split: None }
+    }
+}
+
+/// A datagram in its packet.
+pub(crate) fn datagram(from: &Local, to: &Peer, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; HEADERS];
+    bytes.extend_from_slice(payload);
+    let written = emit_udp(&mut bytes, from, from.first_port, to, payload.len(), TxChecksum::Software);
+    assert_eq!(written, Ok(bytes.len()));
+    bytes
+}
+
+/// The Internet checksum, word by word.
+fn checksum(parts: &[&[u8]]) -> [u8; 2] {
+    let words = parts
+        .iter()
+        .flat_map(|part| part.chunks(2))
+        .map(|pair| u64::from(pair[0]) << 8 | u64::from(pair.get(1).copied().unwrap_or(0)));
+    let mut sum: u64 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    (!u16::try_from(sum).unwrap()).to_be_bytes()
+}
+
+/// Makes the IPv4 header's checksum right.
+pub(crate) fn seal_ip(frame: &mut [u8]) {
+    frame[IP + 10..IP + 12].fill(0);
+    let sum = checksum(&[&frame[IP..UDP]]);
+    frame[IP + 10..IP + 12].copy_from_slice(&sum);
+}
+
+/// Makes lengths and checksums right for what the packet holds.
+pub(crate) fn seal(frame: &mut [u8]) {
+    let ip_bytes = u16::try_from(frame.len() - IP).unwrap();
+    frame[IP + 2..IP + 4].copy_from_slice(&ip_bytes.to_be_bytes());
+    seal_ip(frame);
+    let udp_bytes = (ip_bytes - 20).to_be_bytes();
+    frame[UDP + 4..UDP + 6].copy_from_slice(&udp_bytes);
+    frame[UDP + 6..UDP + 8].fill(0);
+    let sum = checksum(&[&frame[IP + 12..IP + 20], &[0, 17], &udp_bytes, &frame[UDP..]]);
+    let sum = if sum == [0, 0] { [0xff, 0xff] } else { sum };
+    frame[UDP + 6..UDP + 8].copy_from_slice(&sum);
+}
+
+/// The packet with an 802.1Q tag.
+pub(crate) fn tagged(frame: &[u8]) -> Vec<u8> {
+    [&frame[..12], &[0x81, 0, 0x20, 7], &frame[12..]].concat()
+}
+
+/// The packet with another payload.
+pub(crate) fn with_payload(frame: &[u8], payload: &[u8]) -> Vec<u8> {
+    let mut bytes = [&frame[..HEADERS], payload].concat();
+    seal(&mut bytes);
+    bytes
+}
+
+/// The tag of a DATA message.
+pub(crate) fn data_tag(frame: &[u8]) -> Option<u32> {
+    (frame.len() > HEADERS + 24 && frame[HEADERS + 5] == 4)
+        .then(|| u32::from_le_bytes(frame[HEADERS + 8..HEADERS + 12].try_into().unwrap()))
+}
