@@ -51,8 +51,8 @@ pub(crate) struct Job<'a> {
 /// wide from end to end and nothing is packed: a third fewer instructions.
 pub(crate) const fn in_pairs(codec: Codec, head_dim: usize) -> bool {
     match codec {
-        Codec::Int4 => head_dim % 4 == 0,
-        _ => head_dim % 2 == 0,
+        Codec::Int4 => head_dim.is_multiple_of(4),
+        _ => head_dim.is_multiple_of(2),
     }
 }
 

@@ -14,7 +14,7 @@ const CODE_BYTES: usize = 32;
 
 /// Whether head rows of this size can be looked up: each half fills whole registers.
 pub(crate) const fn takes(head_dim: usize) -> bool {
-    head_dim % (2 * CODE_BYTES) == 0
+    head_dim.is_multiple_of(2 * CODE_BYTES)
 }
 
 /// Writes one head row: the elements of codes 0 to 15 are `table`, little-endian. `out` has four bytes for every byte

@@ -46,7 +46,7 @@ pub fn plane_index(layer: u16, side: Side) -> usize {
 #[must_use]
 pub fn plane_of(index: usize) -> (u16, Side) {
     let layer = u16::try_from(index / 2).unwrap_or(u16::MAX);
-    (layer, if index % 2 == 0 { Side::K } else { Side::V })
+    (layer, if index.is_multiple_of(2) { Side::K } else { Side::V })
 }
 
 /// Shape of a chunk: `layers` times K and V planes of `[tokens, kv_heads, head_dim]` elements each.
@@ -144,7 +144,7 @@ impl Quantizer {
     /// The axis this crate's encoder uses (KIVI, arXiv 2402.02750): K has outlier channels, so a channel shares a
     /// scale; V has none, so a token's head does.
     ///
-    /// Under 16 tokens per-channel scales would outweigh the codes, so K then follows V.
+    /// Under 16 tokens, more than a third of an `int4` plane would be per-channel scales and offsets, so K then follows V.
     #[must_use]
     pub fn choose(codec: Codec, shape: &Shape, side: Side) -> Self {
         match (codec, side) {

@@ -11,7 +11,7 @@ const CANARY: u8 = 0xa5;
 
 /// A plane whose codes are skewed, so that zstd makes frames of them.
 fn plane() -> Vec<u8> {
-    let value = |element: u16| if element % 61 == 0 { 3.0 } else { f32::from(element % 5) * 0.01 };
+    let value = |element: u16| if element.is_multiple_of(61) { 3.0 } else { f32::from(element % 5) * 0.01 };
     (0..1024).flat_map(|element| half::bf16::from_f32(value(element)).to_le_bytes()).collect()
 }
 
