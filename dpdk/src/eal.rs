@@ -1,8 +1,9 @@
 //! The environment: started once, torn down when nothing uses it any more.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::{CString, c_char, c_int};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int};
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -163,8 +164,12 @@ impl Drop for EalInner {
         if (0..self.workers.len()).any(lcore::is_running) {
             return;
         }
+        // SAFETY: the environment is up; the path is a constant string from its start on.
+        let folder = unsafe { CStr::from_ptr(dpdk_sys::rte_eal_get_runtime_dir()) }.to_owned();
         // SAFETY: everything that was made with the environment held a reference to this and is gone, and no worker runs.
         unsafe { dpdk_sys::rte_eal_cleanup() };
+        // The EAL makes a folder for its files and leaves it. Without shared configuration it is empty; where it is not, it stays.
+        let _ = std::fs::remove_dir(OsStr::from_bytes(folder.as_bytes()));
     }
 }
 

@@ -97,4 +97,14 @@ fn lcores() {
     .expect("idle");
     drop(eal);
     receiver.try_recv().expect("the worker had ended");
+    let left = [
+        "/var/run/dpdk".to_owned(),
+        "/tmp/dpdk".to_owned(),
+        std::env::var("XDG_RUNTIME_DIR").unwrap_or_default() + "/dpdk",
+    ];
+    let own = format!("test-{}", std::process::id());
+    assert!(
+        left.iter().all(|folder| !std::path::Path::new(folder).join(&own).exists()),
+        "no folder stays behind"
+    );
 }
