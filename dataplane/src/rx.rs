@@ -33,7 +33,8 @@ pub(crate) struct StoreAddress {
 }
 
 /// Exact counts of the planes of one queue:
-/// `planes_arrived = planes_delivered + planes_corrupt + planes_undecodable + planes under way`.
+/// `planes_arrived = planes_delivered + planes_corrupt + planes_undecodable + planes under way`. With the link's counts,
+/// over all queues: `rx_packets = rx_arp + segments_accepted + control_accepted + sum(dropped)`.
 #[derive(Debug, Default)]
 pub(crate) struct PlaneCounters {
     pub(crate) planes_arrived: Counter,

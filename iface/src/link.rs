@@ -2,10 +2,12 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
-use dpdk::{Burst, Checksum, Eal, Mbuf, Pool, PoolConfig, PoolError, Port, PortConfig, PortError, RxQueue, TxQueue};
+use dpdk::{
+    Burst, Checksum, Eal, Mbuf, Pool, PoolConfig, PoolError, Port, PortConfig, PortError, RxQueue, TxQueue,
+};
 use protocol::frame::{self, HardwareChecks, Incoming, Local, Peer, TxChecksum};
 use protocol::neighbour::{NeighbourConfig, NeighbourError, Neighbours};
 use protocol::reason::DropReason;
@@ -45,7 +47,9 @@ pub struct Outgoing {
     pub payload_bytes: usize,
 }
 
-/// Exact counts of one queue: `rx_packets = datagrams + arp + dropped`.
+/// Exact counts of one queue. Every frame is an ARP packet, dropped by the link, or handed over as a datagram. Of the
+/// datagrams the owner takes some and counts those that it drops in `dropped` too, so that over all queues
+/// `rx_packets = rx_arp + sum(dropped) + datagrams that the owners took`.
 #[derive(Debug, Default)]
 pub struct LinkCounters {
     /// Frames received.
@@ -92,7 +96,8 @@ impl DropCounters {
     /// `{"truncated": 0, ..}`
     #[must_use]
     pub fn to_json(&self) -> Value {
-        let counts = DropReason::ALL.iter().map(|&reason| (reason.name().to_owned(), json!(self.get(reason))));
+        let counts =
+            DropReason::ALL.iter().map(|&reason| (reason.name().to_owned(), json!(self.get(reason))));
         Value::Object(counts.collect::<Map<_, _>>())
     }
 }
@@ -208,11 +213,8 @@ pub enum OpenError {
 
 /// A store that comes back may have another MAC address (a replaced host, a virtual device): a packet a second finds out
 /// within a fetch's patience.
-const NEIGHBOURS: NeighbourConfig = NeighbourConfig {
-    capacity: 64,
-    retry: Duration::from_millis(100),
-    refresh: Duration::from_secs(1),
-};
+const NEIGHBOURS: NeighbourConfig =
+    NeighbourConfig { capacity: 64, retry: Duration::from_millis(100), refresh: Duration::from_secs(1) };
 
 /// Numbers the pools of the process: their names must differ, and DPDK's are too short for a device's.
 static NEXT_POOL: AtomicU32 = AtomicU32::new(0);
@@ -349,7 +351,8 @@ impl Link {
                 mbuf.trim_front(payload.start);
                 Ok(Some(Datagram { from, to_port, mbuf }))
             }
-            arp @ (Incoming::ArpRequest { sender_mac, sender_ip } | Incoming::ArpReply { sender_mac, sender_ip }) => {
+            arp @ (Incoming::ArpRequest { sender_mac, sender_ip }
+            | Incoming::ArpReply { sender_mac, sender_ip }) => {
                 self.neighbours.handle(now, &arp);
                 self.macs.learn(IpAddr::V4(sender_ip), sender_mac);
                 Ok(None)
