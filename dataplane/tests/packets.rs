@@ -18,7 +18,7 @@ use lab::random::Random;
 use lab::{Lab, Rates, Round, forgery};
 
 /// Rounds of random mischief.
-const ROUNDS: u64 = 600;
+const ROUNDS: u64 = 500;
 
 /// The chunk that lies are told of.
 const VICTIM: u32 = 1;

@@ -174,7 +174,10 @@ impl Lab {
         let deadline = Instant::now() + Duration::from_secs(10);
         let request = loop {
             assert!(Instant::now() < deadline, "the data plane does not ask for the store");
-            if let Some(frame) = self.wire.receive().into_iter().next() {
+            // It may have asked several times by now; one answer is enough.
+            let asked = self.wire.receive();
+            self.received += asked.len() as u64;
+            if let Some(frame) = asked.into_iter().next() {
                 break frame;
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -184,7 +187,6 @@ impl Lab {
         let plane_local = Local { mac, ip: self.plane.ip, first_port: PLANE_PORT, ports: 1 };
         let store = Peer { mac: STORE_MAC, ip: self.local.ip, port: STORE_PORT };
         self.ledger = Ledger::new(plane_local, store);
-        self.received += 1;
         self.ledger.begin(&[]);
         let library = Library { keys: vec![], chunks: vec![], index: HashMap::new(), planes: vec![] };
         self.answer_arp(&library);
