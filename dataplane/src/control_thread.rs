@@ -14,9 +14,13 @@ use crate::fetches::{Fetches, Owner};
 use crate::metrics;
 use crate::pipeline::Pipeline;
 
-/// How long the thread sleeps between looks while fetches are under way. The lcores make no system calls, hence cannot
-/// wake it: this is the most that it adds to a fetch's time.
-const ACTIVE_SLEEP: Duration = Duration::from_micros(50);
+/// Bounds of the sleep between looks while fetches are under way. The lcores make no system calls, hence cannot wake
+/// the thread; the longer the youngest fetch has been under way, the less it matters when its end is seen, and the fewer
+/// looks disturb lcores that share their CPU with this thread.
+const SHORTEST_SLEEP_NS: u64 = 20_000;
+const LONGEST_SLEEP_NS: u64 = 500_000;
+/// The sleep is this fraction of the youngest fetch's age: what it adds to a fetch's time at most.
+const AGE_OVER_SLEEP: u64 = 16;
 /// How long it sleeps at most while nothing is: clients' doorbells and sockets wake it.
 const IDLE_SLEEP: Duration = Duration::from_millis(50);
 /// Age of a client's heartbeat at which it is noted as stalled.
@@ -68,7 +72,7 @@ impl<'a> ControlThread<'a> {
         let last_ns = self.pipeline.clock.now_ns() + u64::try_from(GRACE.as_nanos()).unwrap_or(u64::MAX);
         while !self.fetches.idle() && self.pipeline.clock.now_ns() < last_ns {
             self.pass(false);
-            std::thread::sleep(ACTIVE_SLEEP);
+            std::thread::sleep(Duration::from_nanos(SHORTEST_SLEEP_NS));
         }
         self.pass(false);
     }
@@ -217,8 +221,12 @@ impl<'a> ControlThread<'a> {
 
     /// Sleeps until a client wants something, or until it is time to look at what the lcores have done.
     fn sleep(&mut self) {
-        let mut timeout =
-            if self.fetches.idle() && self.stats_for.is_empty() { IDLE_SLEEP } else { ACTIVE_SLEEP };
+        let mut timeout = if self.fetches.idle() && self.stats_for.is_empty() {
+            IDLE_SLEEP
+        } else {
+            let age_ns = self.pipeline.clock.now_ns().saturating_sub(self.fetches.youngest_ns());
+            Duration::from_nanos((age_ns / AGE_OVER_SLEEP).clamp(SHORTEST_SLEEP_NS, LONGEST_SLEEP_NS))
+        };
         for client in self.clients.values_mut() {
             if !client.session.set_sleeping(true) {
                 timeout = Duration::ZERO;

@@ -86,6 +86,7 @@ pub(crate) struct Fetches {
     /// Fetches in the first `limits.fetches` slots, lookups in those after them.
     active: Vec<Option<Active>>,
     serial: u64,
+    youngest_ns: u64,
     waiting: VecDeque<Waiting>,
     /// Histograms that queues have sent back since they were last taken.
     latencies: Latencies,
@@ -101,6 +102,7 @@ impl Fetches {
             limits,
             active: (0..slots).map(|_| None).collect(),
             serial: 0,
+            youngest_ns: 0,
             waiting: VecDeque::new(),
             latencies: Latencies::default(),
             latencies_due: 0,
@@ -118,9 +120,15 @@ impl Fetches {
         self.waiting.is_empty() && self.active.iter().all(Option::is_none)
     }
 
+    /// When the last command was taken up, in nanoseconds of the data plane's clock.
+    pub(crate) fn youngest_ns(&self) -> u64 {
+        self.youngest_ns
+    }
+
     /// Takes up a command that `ServerSession` has checked; `region` is the memory that a fetch names.
     pub(crate) fn admit(&mut self, now_ns: u64, session: u64, command: Command, region: Option<&Arc<Arena>>) {
         let owner = Owner { session, command: command.id() };
+        self.youngest_ns = now_ns;
         let deadline_ns = |timeout_ms: u32| now_ns.saturating_add(u64::from(timeout_ms) * 1_000_000);
         match command {
             Command::Lookup { keys, timeout_ms, .. } => {

@@ -148,7 +148,6 @@ pub(crate) enum QueueMessage {
 pub(crate) struct PartId(pub(crate) u64);
 
 impl PartId {
-
     pub(crate) fn new(slot: usize, serial: u64) -> Self {
         Self((serial << 16) | slot as u64)
     }
