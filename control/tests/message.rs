@@ -42,10 +42,12 @@ fn commands() -> impl Strategy<Value = Command> {
 fn completions() -> impl Strategy<Value = Completion> {
     let missing = any::<u32>().prop_map(|chunk| Missing { chunk, reason: MissingReason::StoreUnreachable });
     prop_oneof![
-        (any::<(u64, u64)>(), 1..20_u32, 1..=256_u16).prop_map(|((id, encoded_bytes), found, last_tokens)| {
-            let (shape, codec) = (Some(SHAPE), Some(Codec::Int4));
-            Completion::LookedUp { id, found, last_tokens, encoded_bytes, shape, codec }
-        }),
+        (any::<(u64, u64)>(), 1..20_u32, 1..=256_u16).prop_map(
+            |((id, encoded_bytes), found, last_tokens)| {
+                let (shape, codec) = (Some(SHAPE), Some(Codec::Int4));
+                Completion::LookedUp { id, found, last_tokens, encoded_bytes, shape, codec }
+            }
+        ),
         any::<(u64, String)>().prop_map(|(id, message)| Completion::LookupFailed { id, message }),
         any::<(u64, u32, u64, u64)>().prop_map(|(id, planes, encoded_bytes, delivered_bytes)| {
             Completion::Progress { id, planes, encoded_bytes, delivered_bytes }
@@ -171,8 +173,13 @@ fn the_longest_messages_fit() {
 
 #[test]
 fn completions_that_contradict_themselves_are_refused() {
-    let looked_up = |found, last_tokens, shape, codec| {
-        Completion::LookedUp { id: 1, found, last_tokens, encoded_bytes: 1, shape, codec }
+    let looked_up = |found, last_tokens, shape, codec| Completion::LookedUp {
+        id: 1,
+        found,
+        last_tokens,
+        encoded_bytes: 1,
+        shape,
+        codec,
     };
     let ended = |outcome| Completion::Ended {
         id: 1,

@@ -8,9 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use client::{Client, ClientConfig, Codec, Dtype, Layout, Missing, MissingReason, Namespace, Outcome, Shape};
-use control::{
-    ChunkPlace, Command, Completion, Limits, Listener, Sent, ServerSession, SocketEvent, now_ns,
-};
+use control::{ChunkPlace, Command, Completion, Limits, Listener, Sent, ServerSession, SocketEvent, now_ns};
 use hugepages::Arena;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
