@@ -47,10 +47,10 @@ fn look(state: &mut State, shared: &Shared) -> Result<bool, Lost> {
         Err(error) => socket_error = Some(Lost::from(error)),
     }
     let more = drain(state)?;
-    if let Some(reply) = reply {
-        if let Some(region) = state.file_region(reply)? {
-            shared.retire(region);
-        }
+    if let Some(reply) = reply
+        && let Some(region) = state.file_region(reply)?
+    {
+        shared.retire(region);
     }
     if let Some(lost) = socket_error {
         return Err(lost);

@@ -369,10 +369,10 @@ impl Fetch {
     /// How far it has come, as last heard: stays zero unless [`FetchRequest::progress`] was set.
     #[must_use]
     pub fn progress(&mut self) -> Progress {
-        if self.ended.is_none() {
-            if let Ok(state) = self.shared.lock() {
-                self.last_progress = state.progress(self.id).unwrap_or(self.last_progress);
-            }
+        if self.ended.is_none()
+            && let Ok(state) = self.shared.lock()
+        {
+            self.last_progress = state.progress(self.id).unwrap_or(self.last_progress);
         }
         self.last_progress
     }

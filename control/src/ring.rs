@@ -99,7 +99,7 @@ impl End {
     fn new(arena: Arc<Arena>, span: RingSpan, producer: bool) -> Result<Self, RingError> {
         let arena_bytes = arena.bytes();
         let inside = |offset: usize, bytes: usize| {
-            offset % 8 == 0 && offset.checked_add(bytes).is_some_and(|end| end <= arena_bytes)
+            offset.is_multiple_of(8) && offset.checked_add(bytes).is_some_and(|end| end <= arena_bytes)
         };
         if !inside(span.cursors, CURSORS_BYTES)
             || !inside(span.data, span.data_bytes)

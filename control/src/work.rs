@@ -138,10 +138,10 @@ impl Work {
 
     /// Strikes a command from the books.
     pub(crate) fn finish(&mut self, id: u64) {
-        if let Some(CommandKind(Kind::Fetch { region })) = self.commands.remove(&id) {
-            if let Some(region) = self.regions.get_mut(&region) {
-                region.fetches = region.fetches.saturating_sub(1);
-            }
+        if let Some(CommandKind(Kind::Fetch { region })) = self.commands.remove(&id)
+            && let Some(region) = self.regions.get_mut(&region)
+        {
+            region.fetches = region.fetches.saturating_sub(1);
         }
     }
 }

@@ -186,7 +186,7 @@ fn a_length_beyond_what_was_written_is_found() {
 /// Message `n` of a stream: its number and then bytes that follow from it, mostly short, some long.
 fn message(n: u32, out: &mut Vec<u8>) {
     let mixed = n.wrapping_mul(2_654_435_761);
-    let length = if n % 97 == 0 { mixed % 50_000 } else { mixed % 300 };
+    let length = if n.is_multiple_of(97) { mixed % 50_000 } else { mixed % 300 };
     out.clear();
     out.extend_from_slice(&n.to_le_bytes());
     out.extend((0..length).map(|i| mixed.wrapping_add(i).to_le_bytes()[0]));

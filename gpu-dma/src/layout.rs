@@ -140,7 +140,7 @@ impl Layout {
             let last = stride.checked_mul(count - 1).ok_or(LayoutError::Overflow)?;
             reach = reach.checked_add(last).ok_or(LayoutError::Overflow)?;
         }
-        if base % ELEMENT_BYTES != 0 {
+        if !base.is_multiple_of(ELEMENT_BYTES) {
             return Err(LayoutError::Misaligned(base));
         }
         let end = base.checked_add(reach).ok_or(LayoutError::Overflow)?;

@@ -99,7 +99,7 @@ impl Arena {
     #[inline]
     #[must_use]
     pub fn atomic_u64(&self, offset: usize) -> Option<&AtomicU64> {
-        let at = self.range(offset, 8).ok().filter(|_| offset % 8 == 0)?;
+        let at = self.range(offset, 8).ok().filter(|_| offset.is_multiple_of(8))?;
         // SAFETY: in bounds and aligned (the mapping starts on a page), lives as long as `self`, and an atomic may be
         // written by others while it is referred to.
         Some(unsafe { AtomicU64::from_ptr(at.as_ptr().cast()) })
@@ -109,7 +109,7 @@ impl Arena {
     #[inline]
     #[must_use]
     pub fn atomic_u32(&self, offset: usize) -> Option<&AtomicU32> {
-        let at = self.range(offset, 4).ok().filter(|_| offset % 4 == 0)?;
+        let at = self.range(offset, 4).ok().filter(|_| offset.is_multiple_of(4))?;
         // SAFETY: as in `atomic_u64`.
         Some(unsafe { AtomicU32::from_ptr(at.as_ptr().cast()) })
     }

@@ -92,7 +92,7 @@ impl Arena {
             return Err(AdoptError::WrongSize { expected: expected_bytes, actual });
         }
         let page = page_size_of(&fd)?;
-        if expected_bytes % page.bytes() != 0 {
+        if !expected_bytes.is_multiple_of(page.bytes()) {
             return Err(AdoptError::WrongSize {
                 expected: expected_bytes.next_multiple_of(page.bytes()),
                 actual,

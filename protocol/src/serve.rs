@@ -218,7 +218,10 @@ impl ServeEngine {
         }
         let held = source.bytes(range.handle).ok_or(ErrorCode::UnknownHandle)?.len() as u64;
         let size = range.segment_bytes;
-        if size == 0 || size % SEGMENT_ALIGN != 0 || size > self.config.max_segment_bytes || range.bytes == 0
+        if size == 0
+            || !size.is_multiple_of(SEGMENT_ALIGN)
+            || size > self.config.max_segment_bytes
+            || range.bytes == 0
         {
             return Err(ErrorCode::BadRequest);
         }

@@ -139,7 +139,7 @@ impl FetchConfig {
         if self.queue >= self.queues {
             return Err(ConfigError::Queue { queue: self.queue, queues: self.queues });
         }
-        if self.segment_bytes == 0 || self.segment_bytes % SEGMENT_ALIGN != 0 {
+        if self.segment_bytes == 0 || !self.segment_bytes.is_multiple_of(SEGMENT_ALIGN) {
             return Err(ConfigError::Segment(self.segment_bytes));
         }
         if self.memory_segments < self.plane_segments() {
