@@ -391,6 +391,7 @@ impl OneProcess {
                 rx_descriptors: 1024,
                 tx_descriptors: 1024,
                 mbufs: IN_PROCESS_MBUFS,
+                udp_checksum: true,
             })
         };
         let idle_sleep = Duration::from_micros(20);

@@ -1,5 +1,6 @@
 //! The command line of ShadowServe: one file per subcommand.
 
+mod bench;
 mod config_file;
 mod dataplane;
 mod demo;
@@ -34,6 +35,9 @@ enum Command {
     Demo(demo::Flags),
     /// Say what this machine has, what it lacks, and what to do about it
     Doctor(doctor::Flags),
+    /// Measure one part alone, beside other programs; `make bench` runs all of it
+    #[command(subcommand)]
+    Bench(bench::Command),
 }
 
 fn main() -> ExitCode {
@@ -56,6 +60,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Fetch(flags) => fetch::run(&flags),
         Command::Demo(flags) => demo::run(&flags),
         Command::Doctor(flags) => doctor::run(&flags),
+        Command::Bench(command) => bench::run(&command),
     }
 }
 

@@ -17,6 +17,7 @@ mod latency;
 mod metrics;
 mod pipeline;
 mod placement;
+pub mod receive_only;
 mod rx;
 
 use std::sync::atomic::AtomicBool;

@@ -55,7 +55,8 @@ fn memory(pipeline: &Pipeline) -> Value {
         "slot_pages": pipeline.slot_pages.to_string(),
         "decode_scratch_bytes": pipeline.scratch_bytes,
         "decode_backlog_planes": pipeline.decode_backlog.len(),
-        "resident_peak_kib": resident_peak_kib(),
+        "resident_peak_kib": status_kib("VmHWM:"),
+        "hugetlb_kib": status_kib("HugetlbPages:"),
     })
 }
 
@@ -89,9 +90,10 @@ fn port(pipeline: &Pipeline) -> Value {
     })
 }
 
-/// Most memory that this process has had in ordinary pages, from the kernel; 0 where it does not say.
-fn resident_peak_kib() -> u64 {
+/// A size from the kernel's account of this process; 0 where it does not say. `VmHWM` is the most that it has had in
+/// ordinary pages, `HugetlbPages` what it has in hugepages.
+fn status_kib(name: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }

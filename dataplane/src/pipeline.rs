@@ -52,13 +52,13 @@ pub enum BuildError {
 
 /// The data plane's budgets, worked out from the configuration.
 #[derive(Debug, Clone, Copy)]
-struct Budget {
+pub(crate) struct Budget {
     queues: u16,
     segment_bytes: u16,
     max_plane_bytes: u32,
     plane_segments: u32,
     /// Planes that a queue can have under way.
-    active_planes: u16,
+    pub(crate) active_planes: u16,
     /// Packets that a queue's planes may hold.
     memory_segments: u32,
     window_segments: u32,
@@ -94,7 +94,7 @@ pub(crate) struct Pipeline {
 }
 
 impl Budget {
-    fn new(config: &Config) -> Result<Self, ConfigError> {
+    pub(crate) fn new(config: &Config) -> Result<Self, ConfigError> {
         for (name, value) in [
             ("slots", config.slots),
             ("slot-kib", config.slot_bytes),
@@ -161,19 +161,19 @@ impl Budget {
 }
 
 /// Lookups carried out at once; more wait.
-const MAX_LOOKUPS: u16 = 64;
+pub(crate) const MAX_LOOKUPS: u16 = 64;
 
 /// The rings between the stages. Each has room for everything that can ever be in it.
-struct Rings {
-    decode: Ring<Box<PlaneJob>>,
+pub(crate) struct Rings {
+    pub(crate) decode: Ring<Box<PlaneJob>>,
     decoded: Ring<Box<PlaneJob>>,
-    returned: Vec<Ring<Box<PlaneJob>>>,
+    pub(crate) returned: Vec<Ring<Box<PlaneJob>>>,
     strays: Vec<Ring<dpdk::Mbuf>>,
     slots: Ring<Box<Slot>>,
 }
 
 impl Rings {
-    fn new(eal: &Eal, budget: &Budget, config: &Config, jobs: u32) -> Result<Self, RingError> {
+    pub(crate) fn new(eal: &Eal, budget: &Budget, config: &Config, jobs: u32) -> Result<Self, RingError> {
         // Lcores may share CPUs, and then one must not wait for another that is not running.
         let many = RingMode::Relaxed;
         let per_queue = |name: &'static str| {
@@ -212,7 +212,7 @@ impl Pipeline {
         };
         let store = StoreAddress { ip: config.store.ip(), port: config.store.port(), next_hop };
         let clock = Clock::start();
-        let mut builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock };
+        let builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock };
         let Opened { port, links, pools, ports, .. } = opened;
         let (mut rx_stages, mut ends, mut queues) = (Vec::new(), Vec::new(), Vec::new());
         for (queue, (link, pool)) in (0..).zip(links.into_iter().zip(pools)) {
@@ -265,19 +265,19 @@ fn fill_slots(config: &Config, ring: &Ring<Box<Slot>>) -> Result<(PageSize, Opti
 }
 
 /// Makes stages.
-struct StageBuilder<'a> {
-    eal: &'a Eal,
-    config: &'a Config,
-    budget: Budget,
-    limits: FetchLimits,
-    store: StoreAddress,
-    rings: &'a Rings,
-    clock: Clock,
+pub(crate) struct StageBuilder<'a> {
+    pub(crate) eal: &'a Eal,
+    pub(crate) config: &'a Config,
+    pub(crate) budget: Budget,
+    pub(crate) limits: FetchLimits,
+    pub(crate) store: StoreAddress,
+    pub(crate) rings: &'a Rings,
+    pub(crate) clock: Clock,
 }
 
 impl StageBuilder<'_> {
-    fn rx(
-        &mut self,
+    pub(crate) fn rx(
+        &self,
         queue: u16,
         link: iface::Link,
         ports: iface::steer::PortMap,

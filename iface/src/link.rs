@@ -255,8 +255,11 @@ pub fn open(
         _ => PortMap::consecutive(config.udp_port, config.queues),
     };
     let local = Local { mac: mac_of(&port, ip), ip, first_port: ports.first_port(), ports: ports.span() };
-    let tx_checksum =
-        if port.capabilities().tx_udp_checksum { TxChecksum::Hardware } else { TxChecksum::Software };
+    let tx_checksum = match (config.udp_checksum, port.capabilities().tx_udp_checksum) {
+        (false, _) if ip.is_ipv4() => TxChecksum::Absent,
+        (_, true) => TxChecksum::Hardware,
+        (_, false) => TxChecksum::Software,
+    };
     let macs = Arc::new(MacTable::new(next_hops.iter().map(|hop| hop.ip)));
     let mut links = Vec::new();
     for ((rx, tx), pool) in rx.into_iter().zip(tx).zip(&pools) {

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""The measurements of `make bench`, side by side in one run: rounds of A, then B, then A again.
+
+Prints a table and, with --json, one JSON object; writes that object to perf/results/ too. docs/BENCHMARKS.md says what
+each figure means. Needs only the standard library, the built program and dpdk-testpmd (Debian's package dpdk).
+"""
+import argparse
+import json
+import os
+import pathlib
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "perf/samples/smollm2-135m-kv-640.safetensors"
+# Ethernet, IPv4, UDP and DATA headers around a segment of 1440 bytes: what fills an MTU of 1500.
+FRAME_BYTES = 14 + 20 + 8 + 24 + 1440
+CODECS = ("raw", "lossless", "int8", "int4")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=pathlib.Path, default=SAMPLE, help="KV cache to fetch and decode [the sample]")
+    parser.add_argument("--program", type=pathlib.Path, default=ROOT / "target/release/shadowserve")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement [5]")
+    parser.add_argument("--seconds", type=int, default=2, help="of each round of receiving [2]")
+    parser.add_argument("--repeat", type=int, default=30, help="fetches in each round end to end [30]")
+    parser.add_argument("--cpus", default="0,1", help="receiver's CPU, sender's CPU [0,1]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
+    return parser.parse_args()
+
+
+def machine(program):
+    cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    doctor = json.loads(subprocess.run([program, "doctor", "--json"], check=True, capture_output=True).stdout)
+    version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "dpdk": doctor["dpdk"]["found"],
+        "hugepages": doctor["hugepages"]["found"],
+        "program": version,
+        "load_1min_at_start": os.getloadavg()[0],
+    }
+
+
+def spread(values):
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
+
+
+class Pair:
+    """Two processes joined by memif. Hugepages if enough are free."""
+
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.receiver_cpu, self.sender_cpu = arguments.cpus.split(",")
+        self.huge = os.geteuid() == 0 and free_hugepages_mib() >= 512
+
+    def memif(self, folder, role):
+        return f"net_memif0,role={role},socket={folder}/memif.sock,socket-abstract=no,bsize=2048,rsize=11"
+
+    def eal_memory(self):
+        return ["--in-memory"] if self.huge else ["--no-huge", "--no-shconf", "-m", "256"]
+
+    def our_memory(self):
+        return [] if self.huge else ["--no-huge"]
+
+    def testpmd(self, folder, role, mode, cpu, other_cpu):
+        command = ["dpdk-testpmd", f"--lcores=0@{other_cpu},1@{cpu}", *self.eal_memory(), "--no-pci", "--no-telemetry",
+                   f"--file-prefix=testpmd-{role}-{os.getpid()}", f"--vdev={self.memif(folder, role)}", "--",
+                   f"--forward-mode={mode}", "--auto-start", "--stats-period=1", "--total-num-mbufs=16384"]
+        if mode == "txonly":
+            command.append(f"--txpkts={FRAME_BYTES}")
+        output = open(f"{folder}/{mode}.log", "w")
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+
+    def testpmd_rate(self):
+        """Packets per second that testpmd receives in rxonly from testpmd in txonly."""
+        with tempfile.TemporaryDirectory() as folder:
+            receiver = self.testpmd(folder, "server", "rxonly", self.receiver_cpu, self.sender_cpu)
+            time.sleep(1)
+            sender = self.testpmd(folder, "client", "txonly", self.sender_cpu, self.receiver_cpu)
+            time.sleep(self.arguments.seconds + 4)
+            for process in (sender, receiver):
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=20)
+            text = pathlib.Path(f"{folder}/rxonly.log").read_text()
+            rates = [int(rate) for rate in re.findall(r"Rx-pps:\s+(\d+)", text) if int(rate) > 0]
+            if len(rates) < 2:
+                sys.exit(f"testpmd received nothing:\n{text}\n{pathlib.Path(f'{folder}/txonly.log').read_text()}")
+            # The first second is part of the start, the last of the end.
+            return statistics.median(rates[1:-1] or rates)
+
+    def our_rate(self, checksum):
+        """Packets per second through the data plane's receive path, from a store; and at what share of its core."""
+        with tempfile.TemporaryDirectory() as folder:
+            flags = [] if checksum else ["--no-udp-checksum"]
+            store = subprocess.Popen(
+                [self.arguments.program, "store", *self.our_memory(), "--codec", "raw", "--load", SAMPLE, "--lcores", self.sender_cpu,
+                 "--ip", "10.99.0.1/24", "--port", self.memif(folder, "client"), *flags],
+                stdout=subprocess.DEVNULL, stderr=open(f"{folder}/store.log", "w"))
+            receiver = subprocess.run(
+                [self.arguments.program, "bench", "rx", *self.our_memory(), "--tokens-from", SAMPLE, "--lcore", self.receiver_cpu,
+                 "--seconds", str(self.arguments.seconds), "--ip", "10.99.0.2/24", "--store", "10.99.0.1:4791",
+                 "--port", self.memif(folder, "server")],
+                capture_output=True, text=True)
+            store.send_signal(signal.SIGTERM)
+            store.wait(timeout=20)
+            if receiver.returncode != 0:
+                sys.exit(f"bench rx failed:\n{receiver.stderr}\n{pathlib.Path(f'{folder}/store.log').read_text()}")
+            counted = json.loads(receiver.stdout)
+            return counted["packets"] / counted["ns"] * 1e9, counted["busy_ns"] / counted["ns"]
+
+
+def free_hugepages_mib():
+    total = 0
+    for pool in pathlib.Path("/sys/kernel/mm/hugepages").glob("hugepages-*kB"):
+        total += int((pool / "free_hugepages").read_text()) * int(pool.name.split("-")[1][:-2]) // 1024
+    return total
+
+
+def receive(pair, rounds):
+    """Our receive path beside testpmd's, same memif, same frames, same two CPUs."""
+    testpmd, checked, unchecked, busy = [], [], [], []
+    for _ in range(rounds):
+        testpmd.append(pair.testpmd_rate())
+        rate, _ = pair.our_rate(checksum=True)
+        checked.append(rate)
+        rate, share = pair.our_rate(checksum=False)
+        unchecked.append(rate)
+        busy.append(share)
+    base = statistics.median(testpmd)
+    return {
+        "frame_bytes": FRAME_BYTES,
+        "testpmd_rxonly_pps": spread(testpmd),
+        "receive_path_pps": spread(checked),
+        "receive_path_no_udp_checksum_pps": spread(unchecked),
+        "receive_path_busy_share": spread(busy),
+        "ratio": statistics.median(checked) / base,
+        "ratio_no_udp_checksum": statistics.median(unchecked) / base,
+    }
+
+
+def bare_loop(arguments):
+    """Encoded Gbps of loops that only decompress, and only decode, by codec."""
+    command = ["cargo", "run", "--quiet", "--release", "-p", "compress", "--example", "measure", str(arguments.input)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    figures = {}
+    for line in text.splitlines():
+        words = line.replace("|", " ").split()
+        if words and words[0] in CODECS:
+            ratio, times = float(words[1]), [float(word) for word in words[4:8] if word != "-"]
+            figures[words[0]] = {"ratio": ratio, "bare_us": times[0], "fused_us": times[2]}
+    return figures
+
+
+def end_to_end(arguments):
+    """A whole data plane on one lcore beside a loop that only decompresses the same planes."""
+    receiver_cpu, sender_cpu = arguments.cpus.split(",")
+    goodput = {codec: [] for codec in CODECS}
+    bare = {codec: [] for codec in CODECS}
+    fused = {codec: [] for codec in CODECS}
+    memory = {}
+    for _ in range(arguments.rounds):
+        figures = bare_loop(arguments)
+        for codec in CODECS:
+            command = [arguments.program, "demo", "--json", "--repeat", str(arguments.repeat), "--codec", codec, "--input", arguments.input,
+                       "--lcores", ",".join(f"{stage}@{receiver_cpu}" for stage in ("rx", "decode", "dma")), "--store-lcore", sender_cpu]
+            report = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            plane_bits = report["encoded_bytes"] * 8 / report["planes"]
+            goodput[codec].append(report["goodput_gbps"])
+            bare[codec].append(plane_bits / figures[codec]["bare_us"] / 1e3)
+            fused[codec].append(plane_bits / figures[codec]["fused_us"] / 1e3)
+            memory = report["memory"]
+    table = {}
+    for codec in CODECS:
+        table[codec] = {
+            "goodput_gbps": spread(goodput[codec]),
+            "bare_decompress_gbps": spread(bare[codec]),
+            "bare_decode_gbps": spread(fused[codec]),
+            "ratio_to_bare_decompress": statistics.median(goodput[codec]) / statistics.median(bare[codec]),
+            "ratio_to_bare_decode": statistics.median(goodput[codec]) / statistics.median(fused[codec]),
+        }
+    return table, memory
+
+
+def print_table(result):
+    print("machine:", ", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    rx = result["receive"]
+    print(f"\nreceiving frames of {rx['frame_bytes']} bytes over memif, Mpps: median (min to max)")
+    for name in ("testpmd_rxonly_pps", "receive_path_pps", "receive_path_no_udp_checksum_pps"):
+        figure = rx[name]
+        print(f"  {name[:-4]:34} {figure['median'] / 1e6:6.2f}  ({figure['min'] / 1e6:.2f} to {figure['max'] / 1e6:.2f})")
+    print(f"  ratio to testpmd {rx['ratio']:.2f}; without UDP checksums {rx['ratio_no_udp_checksum']:.2f}")
+    print("\nend to end on one data-plane lcore, encoded Gbps, medians, beside loops on the same planes")
+    print("  codec     goodput  bare decompress  ratio  bare decode  ratio")
+    for codec, row in result["end_to_end"].items():
+        print(f"  {codec:8} {row['goodput_gbps']['median']:8.2f} {row['bare_decompress_gbps']['median']:16.2f} "
+              f"{row['ratio_to_bare_decompress']:6.2f} {row['bare_decode_gbps']['median']:12.2f} {row['ratio_to_bare_decode']:6.2f}")
+    memory = result["memory"]
+    print(f"\nmemory of the data plane at its peak: {memory['used_mib']:.0f} MiB of {memory['budget_mib']:.0f} MiB of budgets")
+
+
+def memory_report(memory):
+    """Mbufs, slots and scratch at their budgets, beside what the process had at its peak."""
+    mbuf_bytes = 2176 + 128
+    budget = memory["mbufs"] * mbuf_bytes + memory["slots"] * (1 << 20) + memory["decode_scratch_bytes"]
+    return memory | {
+        "budget_mib": budget / 2**20,
+        "used_mib": memory["resident_peak_kib"] / 1024 + memory["hugetlb_kib"] / 1024,
+    }
+
+
+def main():
+    arguments = parse_arguments()
+    result = {"machine": machine(arguments.program), "input": arguments.input.name}
+    pair = Pair(arguments)
+    result["machine"]["measured_on"] = "hugepages" if pair.huge else "ordinary pages (no hugepages: slower)"
+    result["receive"] = receive(pair, arguments.rounds)
+    result["end_to_end"], memory = end_to_end(arguments)
+    result["memory"] = memory_report(memory)
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['cpu']}-{result['machine']['cpus']}-cpus".lower()).strip("-")
+    folder = ROOT / "perf/results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+//! `shadowserve bench`: one part alone. `perf/bench.py` runs it beside what it is to be compared with.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use compress::Codec;
+use dataplane::receive_only::{Wanted, receive_only};
+use dataplane::{Config, Placement};
+use dpdk::Eal;
+use protocol::ChunkShape;
+use protocol::key::chain;
+use store::kv_file::KvFile;
+
+use crate::flags::{EalFlags, NamespaceFlags, PortFlags};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// The data plane's receive path: everything up to whole planes, which are then thrown away
+    Rx(RxFlags),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RxFlags {
+    /// KV cache that the store serves with --codec raw
+    #[arg(long, value_name = "FILE", required = true)]
+    tokens_from: PathBuf,
+    /// Where the store is
+    #[arg(long, value_name = "ADDRESS:PORT", required = true)]
+    store: SocketAddr,
+    /// CPU to receive on
+    #[arg(long, value_name = "CPU", default_value_t = 0)]
+    lcore: usize,
+    /// How long to receive, in seconds, after a second of warming up
+    #[arg(long, value_name = "S", default_value_t = 2)]
+    seconds: u64,
+    /// Packets that may be asked for and not have arrived
+    #[arg(long, value_name = "PACKETS", default_value_t = 1024)]
+    window: u32,
+    #[command(flatten)]
+    port: PortFlags,
+    #[command(flatten)]
+    namespace: NamespaceFlags,
+    #[command(flatten)]
+    eal: EalFlags,
+}
+
+pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
+    let Command::Rx(flags) = command;
+    let file = KvFile::open(&flags.tokens_from)?;
+    let shape = file.shape();
+    let mut keys = chain(&flags.namespace.namespace(Codec::Raw), file.tokens());
+    // Whole chunks only, and long fetches: what is measured is receiving, not starting.
+    keys.truncate((shape.tokens / compress::CHUNK_TOKENS).max(1));
+    let keys = keys.iter().copied().cycle().take(2048).collect();
+    let wanted = Wanted {
+        keys,
+        expect: ChunkShape {
+            layers: shape.layers,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            dtype: shape.dtype.wire(),
+        },
+        fetches: 4,
+    };
+    let config = config(flags)?;
+    let eal = Eal::start(&flags.eal.config([flags.lcore], &config.iface.device))?;
+    let stop = AtomicBool::new(false);
+    let report = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_secs(flags.seconds + 1));
+            stop.store(true, Ordering::Relaxed);
+        });
+        receive_only(&eal, &config, &wanted, Duration::from_secs(1), &stop)
+    })?;
+    println!("{report}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn config(flags: &RxFlags) -> anyhow::Result<Config> {
+    let placement: Placement =
+        format!("rx@{0},decode@{0},dma@{0}", flags.lcore).parse().context("--lcore")?;
+    Ok(Config {
+        iface: flags.port.config(1, 4800)?,
+        placement,
+        store: flags.store,
+        store_mac: None,
+        gateway: None,
+        socket: PathBuf::new(),
+        group: None,
+        slots: 1,
+        slot_bytes: 1 << 20,
+        pages: flags.eal.pages(),
+        window_segments: flags.window,
+        max_fetches: 4,
+        max_chunks: 2048,
+        max_layers: 128,
+        rto_min: Duration::from_millis(5),
+        idle_sleep: Duration::ZERO,
+    })
+}
