@@ -28,6 +28,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=pathlib.Path, default=SAMPLE, help="KV cache to fetch and decode [the sample]")
     parser.add_argument("--program", type=pathlib.Path, default=ROOT / "target/release/shadowserve")
+    parser.add_argument("--testpmd", default="dpdk-testpmd", help="the program [dpdk-testpmd]")
+    parser.add_argument("--measure", help="the built example `measure` of crate compress [cargo builds it]")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement [5]")
     parser.add_argument("--seconds", type=int, default=2, help="of each round of receiving [2]")
     parser.add_argument("--repeat", type=int, default=30, help="fetches in each round end to end [30]")
@@ -73,7 +75,7 @@ class Pair:
         return [] if self.huge else ["--no-huge"]
 
     def testpmd(self, folder, role, mode, cpu, other_cpu):
-        command = ["dpdk-testpmd", f"--lcores=0@{other_cpu},1@{cpu}", *self.eal_memory(), "--no-pci", "--no-telemetry",
+        command = [self.arguments.testpmd, f"--lcores=0@{other_cpu},1@{cpu}", *self.eal_memory(), "--no-pci", "--no-telemetry",
                    f"--file-prefix=testpmd-{role}-{os.getpid()}", f"--vdev={self.memif(folder, role)}", "--",
                    f"--forward-mode={mode}", "--auto-start", "--stats-period=1", "--total-num-mbufs=16384"]
         if mode == "txonly":
@@ -150,7 +152,8 @@ def receive(pair, rounds):
 
 def bare_loop(arguments):
     """Encoded Gbps of loops that only decompress, and only decode, by codec."""
-    command = ["cargo", "run", "--quiet", "--release", "-p", "compress", "--example", "measure", str(arguments.input)]
+    built = [arguments.measure] if arguments.measure else ["cargo", "run", "--quiet", "--release", "-p", "compress", "--example", "measure"]
+    command = [*built, str(arguments.input.resolve())]
     text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     figures = {}
     for line in text.splitlines():
