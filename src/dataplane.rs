@@ -46,9 +46,9 @@ pub(crate) struct PipelineFlags {
     /// Which CPU runs which stage; a stage may have several CPUs, a CPU several stages: rx@2,decode@3-6,dma@7
     #[arg(long, value_name = "STAGE@CPUS,...", default_value = "rx@0,decode@0,dma@0")]
     pub(crate) lcores: Placement,
-    /// Slots for decoded planes
-    #[arg(long, value_name = "COUNT", default_value_t = 64)]
-    pub(crate) slots: usize,
+    /// Slots for decoded planes; few stay in cache [default: two per decode and dma lcore]
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) slots: Option<usize>,
     /// Size of a slot, in KiB: the largest decoded plane (256 tokens of one layer's K or V)
     #[arg(long, value_name = "KIB", default_value_t = 1024)]
     pub(crate) slot_kib: usize,
@@ -80,7 +80,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         gateway: flags.gateway,
         socket: flags.socket.clone(),
         group: flags.group.clone(),
-        slots: flags.pipeline.slots,
+        slots: flags.pipeline.slots.unwrap_or_else(|| flags.pipeline.lcores.default_slots()),
         slot_bytes: flags.pipeline.slot_kib << 10,
         pages: flags.eal.pages(),
         window_segments: flags.pipeline.window,

@@ -391,7 +391,6 @@ impl OneProcess {
                 rx_descriptors: 1024,
                 tx_descriptors: 1024,
                 mbufs: IN_PROCESS_MBUFS,
-                udp_checksum: true,
             })
         };
         let idle_sleep = Duration::from_micros(20);
@@ -416,7 +415,7 @@ impl OneProcess {
             gateway: None,
             socket: stage.socket.clone(),
             group: None,
-            slots: 64,
+            slots: stage.placement.default_slots(),
             slot_bytes: 1 << 20,
             pages: PageChoice::Base,
             window_segments: 512,

@@ -39,9 +39,6 @@ pub(crate) struct PortFlags {
     /// Transmit descriptors per queue
     #[arg(long, value_name = "COUNT", default_value_t = 1024)]
     pub(crate) tx_descriptors: u16,
-    /// Send without UDP checksums (IPv4 only), where no NIC computes them: planes are covered by their CRC32C
-    #[arg(long)]
-    pub(crate) no_udp_checksum: bool,
 }
 
 impl PortFlags {
@@ -56,7 +53,6 @@ impl PortFlags {
             rx_descriptors: self.rx_descriptors,
             tx_descriptors: self.tx_descriptors,
             mbufs: self.mbufs,
-            udp_checksum: !self.no_udp_checksum,
         })
     }
 }

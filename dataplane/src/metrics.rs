@@ -51,6 +51,7 @@ fn memory(pipeline: &Pipeline) -> Value {
         "mbufs": mbufs,
         "mbufs_in_use": in_use,
         "slots": pipeline.slot_count,
+        "slot_bytes": pipeline.slot_bytes,
         "slots_free": pipeline.slots.len(),
         "slot_pages": pipeline.slot_pages.to_string(),
         "decode_scratch_bytes": pipeline.scratch_bytes,

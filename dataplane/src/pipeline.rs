@@ -85,6 +85,7 @@ pub(crate) struct Pipeline {
     pub(crate) lcores: Vec<LcoreView>,
     pub(crate) slots: Ring<Box<Slot>>,
     pub(crate) slot_count: usize,
+    pub(crate) slot_bytes: usize,
     pub(crate) slot_pages: PageSize,
     pub(crate) slot_fallback: Option<String>,
     pub(crate) decode_backlog: Ring<Box<PlaneJob>>,
@@ -163,7 +164,8 @@ impl Budget {
 /// Lookups carried out at once; more wait.
 pub(crate) const MAX_LOOKUPS: u16 = 64;
 
-/// The rings between the stages. Each has room for everything that can ever be in it.
+/// The rings between the stages. Each has room for twice what can ever be in it: a ring with relaxed tails counts what a
+/// lcore is in the midst of taking out as still there, up to an eighth of its size.
 pub(crate) struct Rings {
     pub(crate) decode: Ring<Box<PlaneJob>>,
     decoded: Ring<Box<PlaneJob>>,
@@ -177,16 +179,16 @@ impl Rings {
         // Lcores may share CPUs, and then one must not wait for another that is not running.
         let many = RingMode::Relaxed;
         let per_queue = |name: &'static str| {
-            (0..budget.queues).map(move |queue| Ring::new(eal, &format!("{name}{queue}"), jobs, many))
+            (0..budget.queues).map(move |queue| Ring::new(eal, &format!("{name}{queue}"), 2 * jobs, many))
         };
         Ok(Self {
-            decode: Ring::new(eal, "decode", jobs, many)?,
-            decoded: Ring::new(eal, "decoded", jobs, many)?,
+            decode: Ring::new(eal, "decode", 2 * jobs, many)?,
+            decoded: Ring::new(eal, "decoded", 2 * jobs, many)?,
             returned: per_queue("returned").collect::<Result<_, _>>()?,
             strays: (0..budget.queues)
                 .map(|queue| Ring::new(eal, &format!("strays{queue}"), 1024, many))
                 .collect::<Result<_, _>>()?,
-            slots: Ring::new(eal, "slots", entries(config.slots), many)?,
+            slots: Ring::new(eal, "slots", entries(2 * config.slots).max(64), many)?,
         })
     }
 }
@@ -232,6 +234,7 @@ impl Pipeline {
             lcores,
             slots: rings.slots.clone(),
             slot_count: config.slots,
+            slot_bytes: config.slot_bytes,
             slot_pages,
             slot_fallback,
             decode_backlog: rings.decode.clone(),

@@ -75,6 +75,13 @@ impl Placement {
         self.stages.iter().map(|(&cpu, stages)| (cpu, stages.as_slice()))
     }
 
+    /// Slots that keep every decode and dma lcore busy: one being filled or emptied and one waiting, for each. More would
+    /// only leave the cache.
+    #[must_use]
+    pub fn default_slots(&self) -> usize {
+        2 * (self.count(StageKind::Decode) + self.count(StageKind::Dma))
+    }
+
     /// How many lcores run a stage of this kind; for [`StageKind::Rx`] also the number of receive queues.
     #[must_use]
     pub fn count(&self, kind: StageKind) -> usize {

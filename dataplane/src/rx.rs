@@ -334,7 +334,7 @@ impl RxStage {
                 let transmit = engine.poll_transmit(now, buffer)?;
                 let store = stores.get(usize::from(transmit.store.0))?;
                 let to = Peer { mac, ip: store.ip, port: store.port };
-                Some(Outgoing { from_port, to, payload_bytes: transmit.len })
+                Some(Outgoing { from_port, to, payload_bytes: transmit.len, covered: false })
             };
             while link.send(&mut write) {
                 sent += 1;

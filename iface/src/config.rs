@@ -77,8 +77,6 @@ pub struct IfaceConfig {
     pub tx_descriptors: u16,
     /// Packet buffers per queue.
     pub mbufs: u32,
-    /// Whether datagrams are sent with a UDP checksum; without is for IPv4 only (RFC 768).
-    pub udp_checksum: bool,
 }
 
 #[cfg(test)]

@@ -45,6 +45,9 @@ pub struct Outgoing {
     pub to: Peer,
     /// Bytes of payload.
     pub payload_bytes: usize,
+    /// Whether what carries it is checked end to end, so that a UDP checksum that no NIC computes is left out (over IPv4,
+    /// RFC 768).
+    pub covered: bool,
 }
 
 /// Exact counts of one queue. Every frame is an ARP packet, dropped by the link, or handed over as a datagram. Of the
@@ -159,6 +162,7 @@ pub struct Link {
     pool: Pool,
     local: Local,
     tx_checksum: TxChecksum,
+    covered_checksum: TxChecksum,
     max_payload_bytes: usize,
     received: Burst,
     sending: Burst,
@@ -255,10 +259,10 @@ pub fn open(
         _ => PortMap::consecutive(config.udp_port, config.queues),
     };
     let local = Local { mac: mac_of(&port, ip), ip, first_port: ports.first_port(), ports: ports.span() };
-    let tx_checksum = match (config.udp_checksum, port.capabilities().tx_udp_checksum) {
-        (false, _) if ip.is_ipv4() => TxChecksum::Absent,
-        (_, true) => TxChecksum::Hardware,
-        (_, false) => TxChecksum::Software,
+    let (tx_checksum, covered_checksum) = match port.capabilities().tx_udp_checksum {
+        true => (TxChecksum::Hardware, TxChecksum::Hardware),
+        false if ip.is_ipv4() => (TxChecksum::Software, TxChecksum::Absent),
+        false => (TxChecksum::Software, TxChecksum::Software),
     };
     let macs = Arc::new(MacTable::new(next_hops.iter().map(|hop| hop.ip)));
     let mut links = Vec::new();
@@ -278,6 +282,7 @@ pub fn open(
             pool: pool.clone(),
             local,
             tx_checksum,
+            covered_checksum,
             max_payload_bytes: usize::from(config.mtu) + 14 - frame::header_bytes(&ip),
             received: Burst::new(),
             sending: Burst::new(),
@@ -384,9 +389,11 @@ impl Link {
         let header = frame::header_bytes(&self.local.ip);
         let room = header + self.max_payload_bytes;
         let Some(buffer) = mbuf.append(room) else { return false };
-        let queued = write(&mut buffer[header..]).and_then(|Outgoing { from_port, to, payload_bytes }| {
-            frame::emit_udp(buffer, &self.local, from_port, &to, payload_bytes, self.tx_checksum).ok()
-        });
+        let queued =
+            write(&mut buffer[header..]).and_then(|Outgoing { from_port, to, payload_bytes, covered }| {
+                let checksum = if covered { self.covered_checksum } else { self.tx_checksum };
+                frame::emit_udp(buffer, &self.local, from_port, &to, payload_bytes, checksum).ok()
+            });
         let Some(frame_bytes) = queued else {
             mbuf.trim_back(room);
             self.spare = Some(mbuf);

@@ -102,7 +102,10 @@ mod tests {
 
     #[test]
     fn steered_ports_hash_to_their_queue() {
-        let rss = Rss { key: (0..40_u8).map(|i| i.wrapping_mul(7) + 3).collect(), reta: (0..128).map(|i| i % 5).collect() };
+        let rss = Rss {
+            key: (0..40_u8).map(|i| i.wrapping_mul(7) + 3).collect(),
+            reta: (0..128).map(|i| i % 5).collect(),
+        };
         let (peer, local) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
         let map = PortMap::steered(9000, 5, &rss, peer, 4791, local);
         for queue in 0..5 {

@@ -63,6 +63,8 @@ impl ServeStage {
             loop {
                 let transmit = engine.poll_transmit(buffer)?;
                 let mut payload_bytes = transmit.header_bytes;
+                // Chunk headers and planes have checksums of their own, which their receiver checks.
+                let covered = transmit.payload.is_some();
                 if let Some((handle, range)) = transmit.payload {
                     let Some(bytes) = chunks.bytes(handle).and_then(|chunk| chunk.get(range)) else {
                         continue;
@@ -75,7 +77,7 @@ impl ServeStage {
                     counts.segments.add(1);
                     counts.payload_bytes.add(bytes.len() as u64);
                 }
-                return Some(Outgoing { from_port: *udp_port, to: transmit.to, payload_bytes });
+                return Some(Outgoing { from_port: *udp_port, to: transmit.to, payload_bytes, covered });
             }
         };
         let mut sent = 0;

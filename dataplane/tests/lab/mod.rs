@@ -91,7 +91,6 @@ fn config(device: String, socket: PathBuf) -> dataplane::Config {
             rx_descriptors: 1024,
             tx_descriptors: 1024,
             mbufs: 4096,
-            udp_checksum: true,
         },
         placement: format!("rx@{cpu},decode@{cpu},dma@{cpu}").parse().unwrap(),
         store: format!("10.98.0.1:{STORE_PORT}").parse().unwrap(),
