@@ -245,7 +245,9 @@ impl TwoProcesses {
                 stage.folder.display()
             )
         };
-        let store_cpu = stage.store_cpu.to_string();
+        // As many queues at both ends: memif joins queue to queue.
+        let queues = stage.placement.count(StageKind::Rx);
+        let store_cpu = vec![stage.store_cpu.to_string(); queues].join("+");
         let placement = stage.placement.to_string();
         let store = Process::start(
             "store",
