@@ -46,5 +46,8 @@ lint: setup ## rustfmt and clippy, warnings are errors
 bench: build hugepages ## the measurements of perf/, as a table and as JSON
 	perf/bench.py
 
+soak: build ## a hundred thousand fetches, and nothing may leak
+	SHADOWSERVE_FETCHES=100000 $(CARGO) test --release --test fetch nothing_leaks
+
 clean: ## remove what cargo built
 	$(CARGO) clean
