@@ -358,7 +358,7 @@ impl Planes {
     ) -> Result<(), DropReason> {
         let now = Instant::from_nanos(now_ns);
         let Accepted::Segment { transfer, segment, data } =
-            engine.handle_datagram(now, store, mbuf.data())?
+            engine.handle_datagram(now, store, false, mbuf.data())?
         else {
             counters.control_accepted.add(1);
             return Ok(());

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant as Clock};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use protocol::chunk::BadHeader;
-use protocol::wire::message::{self, MAX_CONTROL_BYTES, Message, PullRange, Run};
+use protocol::wire::message::{self, Data, MAX_CONTROL_BYTES, Message, PullRange, Run};
 use protocol::{
     Accepted, ChunkInfo, ChunkLayout, ChunkShape, Event, FetchConfig, FetchEngine, FetchId, HardwareChecks,
     Instant, Key, Local, Peer, PlaneRange, PlaneRanges, StoreIndex, TxChecksum, Verdict, frame,
@@ -38,10 +38,10 @@ impl ChunkLayout for Planes {
     }
 }
 
-/// A store that answers a message at once: what it would send, as (tag, segment, epoch, bytes).
+/// A store that answers a message at once: what it would send, as (tag, segment, epoch, sequence, bytes).
 #[derive(Default)]
 struct Answers {
-    segments: Vec<(u32, u32, u64, usize)>,
+    segments: Vec<(u32, u32, u64, u32, usize)>,
     replies: Vec<Vec<u8>>,
 }
 
@@ -66,16 +66,18 @@ impl Answers {
                 out.truncate(len);
                 self.replies.push(out);
             }
-            Message::Pull(pull) => pull.runs().for_each(|run| self.take_in_run(&pull.range, run)),
+            Message::Pull(pull) => {
+                pull.runs().for_each(|run| self.take_in_run(&pull.range, pull.sequence, run))
+            }
             _ => unreachable!("the engine sends nothing else"),
         }
     }
 
-    fn take_in_run(&mut self, range: &PullRange, run: Run) {
+    fn take_in_run(&mut self, range: &PullRange, sequence: u32, run: Run) {
         for segment in run.first..run.first + u32::from(run.count) {
             let begin = segment * u32::from(SEGMENT_BYTES);
             let bytes = (range.bytes - begin).min(u32::from(SEGMENT_BYTES)) as usize;
-            self.segments.push((range.tag, segment, range.epoch, bytes));
+            self.segments.push((range.tag, segment, range.epoch, sequence, bytes));
         }
     }
 }
@@ -94,7 +96,8 @@ fn drive(packets: u64) -> Duration {
     let keys = vec![Key([3; 32]); CHUNKS];
     let mut answers = Answers::default();
     let mut out = [0; MAX_CONTROL_BYTES];
-    let mut burst: Vec<Vec<u8>> = vec![vec![0; 24 + usize::from(SEGMENT_BYTES)]; BURST];
+    let mut burst: Vec<Vec<u8>> =
+        vec![vec![0; message::DATA_HEADER_BYTES + usize::from(SEGMENT_BYTES)]; BURST];
     let (mut nanos, mut taken, mut fetches, mut elapsed) = (0, 0, 0, Duration::ZERO);
     while taken < packets {
         nanos += 1000;
@@ -105,18 +108,20 @@ fn drive(packets: u64) -> Duration {
             engine.start(now, FetchId(fetches), deadline, StoreIndex(0), &keys, &SHAPE).expect("a free slot");
         }
         for reply in answers.replies.drain(..) {
-            engine.handle_datagram(now, StoreIndex(0), &reply).expect("a good reply");
+            engine.handle_datagram(now, StoreIndex(0), false, &reply).expect("a good reply");
         }
         let count = answers.segments.len().min(BURST);
-        for (packet, (tag, segment, epoch, bytes)) in burst.iter_mut().zip(answers.segments.drain(..count)) {
-            packet.resize(24 + bytes, 0);
-            message::emit_data_header(packet, tag, segment, epoch).expect("fits");
+        let drained = answers.segments.drain(..count);
+        for (packet, (tag, segment, epoch, sequence, bytes)) in burst.iter_mut().zip(drained) {
+            packet.resize(message::DATA_HEADER_BYTES + bytes, 0);
+            let data = Data { tag, segment, epoch, sequence, waited_ns: 0, payload: &[] };
+            message::emit_data_header(packet, &data).expect("fits");
         }
         taken += count as u64;
         let mut sent = Vec::new();
         let start = Clock::now();
         for packet in &burst[..count] {
-            match engine.handle_datagram(now, StoreIndex(0), packet) {
+            match engine.handle_datagram(now, StoreIndex(0), false, packet) {
                 Ok(Accepted::Segment { segment, .. }) => {
                     black_box(segment);
                 }
@@ -164,7 +169,7 @@ fn frames(criterion: &mut Criterion) {
     let ours = Local { mac: [2; 6], ip: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), first_port: 4791, ports: 1 };
     let theirs = Local { mac: [4; 6], ip: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2)), first_port: 9, ports: 1 };
     let to = Peer { mac: ours.mac, ip: ours.ip, port: 4791 };
-    let payload = 24 + usize::from(SEGMENT_BYTES);
+    let payload = message::DATA_HEADER_BYTES + usize::from(SEGMENT_BYTES);
     let mut bytes: Vec<u8> = (0..=u8::MAX).cycle().take(frame::IPV4_HEADER_BYTES + payload).collect();
     frame::emit_udp(&mut bytes, &theirs, 9, &to, payload, TxChecksum::Software).expect("fits");
     let mut group = criterion.benchmark_group("frame");

@@ -14,7 +14,8 @@ use crate::frame::Peer;
 use crate::key::Key;
 use crate::reason::DropReason;
 use crate::wire::message::{
-    self, ErrorCode, MAX_LOOKUP_KEYS, MAX_PULL_RUNS, Message, Pull, PullRange, Refusal, Run, SEGMENT_ALIGN,
+    self, Data, ErrorCode, MAX_LOOKUP_KEYS, MAX_PULL_RUNS, Message, Pull, PullRange, Refusal, Run,
+    SEGMENT_ALIGN,
 };
 
 /// The chunks that a store holds.
@@ -93,6 +94,7 @@ pub struct ServeCounters {
 struct PendingPull {
     to: Peer,
     range: PullRange,
+    sequence: u32,
     runs: [Run; MAX_PULL_RUNS],
     runs_len: usize,
     /// The run being sent, and how many of its segments are sent.
@@ -194,7 +196,8 @@ impl ServeEngine {
                 return Err(DropReason::QueueFull);
             }
             self.counters.refused += 1;
-            let refusal = Refusal { tag: pull.range.tag, code, epoch: self.config.epoch };
+            let (tag, sequence) = (pull.range.tag, pull.sequence);
+            let refusal = Refusal { tag, code, epoch: self.config.epoch, sequence };
             self.refusals.push_back((from, refusal));
             return Ok(());
         }
@@ -207,7 +210,8 @@ impl ServeEngine {
             *slot = run;
         }
         self.counters.pulls += 1;
-        self.pulls.push_back(PendingPull { to: from, range: pull.range, runs, runs_len, run: 0, sent: 0 });
+        let (range, sequence) = (pull.range, pull.sequence);
+        self.pulls.push_back(PendingPull { to: from, range, sequence, runs, runs_len, run: 0, sent: 0 });
         Ok(())
     }
 
@@ -262,7 +266,7 @@ impl ServeEngine {
 
     fn next_segment(&mut self, out: &mut [u8]) -> Option<ServeTransmit> {
         let pull = self.pulls.front_mut()?;
-        let (to, range) = (pull.to, pull.range);
+        let (to, range, sequence) = (pull.to, pull.range, pull.sequence);
         let run = pull.runs[pull.run];
         let segment = run.first + u32::from(pull.sent);
         pull.sent += 1;
@@ -273,7 +277,9 @@ impl ServeEngine {
                 self.pulls.pop_front();
             }
         }
-        let header_bytes = message::emit_data_header(out, range.tag, segment, range.epoch)?;
+        let (tag, epoch) = (range.tag, range.epoch);
+        let data = Data { tag, segment, epoch, sequence, waited_ns: 0, payload: &[] };
+        let header_bytes = message::emit_data_header(out, &data)?;
         let begin = u64::from(segment) * u64::from(range.segment_bytes);
         let end = (begin + u64::from(range.segment_bytes)).min(u64::from(range.bytes));
         // Both lie within a slice of the source, as checked on arrival.

@@ -5,7 +5,7 @@ mod network;
 
 use network::chunks::{Chunk, Layout};
 use network::random::Random;
-use protocol::wire::message::{self, ErrorCode, MAX_CONTROL_BYTES, Message, PullRange, Refusal};
+use protocol::wire::message::{self, Data, ErrorCode, MAX_CONTROL_BYTES, Message, PullRange, Refusal};
 use protocol::{
     Accepted, ChunkShape, DropReason, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, Instant, Key,
     LookupId, StoreIndex, TransferId, Verdict,
@@ -46,7 +46,8 @@ fn reply(request: u32, infos: &[Option<protocol::ChunkInfo>]) -> Vec<u8> {
 
 fn data(tag: u32, segment: u32, epoch: u64, payload: &[u8]) -> Vec<u8> {
     let mut out = vec![0; message::DATA_HEADER_BYTES];
-    message::emit_data_header(&mut out, tag, segment, epoch).unwrap();
+    let head = Data { tag, segment, epoch, sequence: 1, waited_ns: 0, payload: &[] };
+    message::emit_data_header(&mut out, &head).unwrap();
     out.extend_from_slice(payload);
     out
 }
@@ -74,7 +75,7 @@ fn each_is_counted_under_its_reason_and_changes_nothing() {
     let good = reply(request, &[Some(chunk.info)]);
     let drops = |engine: &mut FetchEngine<Layout>, store, payload: &[u8], reason: DropReason| {
         let before = engine.counters().drops[reason.index()];
-        assert_eq!(engine.handle_datagram(now(), store, payload), Err(reason));
+        assert_eq!(engine.handle_datagram(now(), store, false, payload), Err(reason));
         assert_eq!(engine.counters().drops[reason.index()], before + 1);
     };
     drops(&mut engine, STORE, &reply(request ^ 1, &[None]), R::Stale);
@@ -82,13 +83,13 @@ fn each_is_counted_under_its_reason_and_changes_nothing() {
     drops(&mut engine, STORE, &reply(request ^ 1 << 16, &[None]), R::Stale);
     drops(&mut engine, StoreIndex(0), &good, R::WrongStore);
     drops(&mut engine, STORE, &reply(request, &[Some(chunk.info), None]), R::BadLength);
-    assert_eq!(engine.handle_datagram(now(), STORE, &good), Ok(Accepted::Control));
+    assert_eq!(engine.handle_datagram(now(), STORE, false, &good), Ok(Accepted::Control));
     drops(&mut engine, STORE, &good, R::Stale);
 
     let header = pulled(&mut engine);
     for (segment, bytes) in segments(&chunk, &header).into_iter().enumerate() {
         let message = data(header.tag, segment as u32, EPOCH, bytes);
-        assert_eq!(engine.handle_datagram(now(), STORE, &message), Ok(Accepted::Control));
+        assert_eq!(engine.handle_datagram(now(), STORE, false, &message), Ok(Accepted::Control));
     }
     drops(&mut engine, STORE, &data(header.tag, 0, EPOCH, &[0; 64]), R::Stale);
 
@@ -109,13 +110,14 @@ fn each_is_counted_under_its_reason_and_changes_nothing() {
     drops(&mut engine, STORE, &data(tag, 0, EPOCH, &[0; 65]), R::BadLength);
     drops(&mut engine, STORE, &data(tag, last, EPOCH, &[0; 64]), R::BadLength);
     drops(&mut engine, STORE, &data(tag, 0, EPOCH, &[]), R::BadLength);
-    drops(&mut engine, STORE, &data(tag, 0, EPOCH, parts[0])[..23], R::Truncated);
-    let mut error = [0; 24];
-    message::emit_error(&mut error, &Refusal { tag, code: ErrorCode::BadRequest, epoch: EPOCH }).unwrap();
+    drops(&mut engine, STORE, &data(tag, 0, EPOCH, parts[0])[..31], R::Truncated);
+    let mut error = [0; message::ERROR_BYTES];
+    message::emit_error(&mut error, &Refusal { tag, code: ErrorCode::BadRequest, epoch: EPOCH, sequence: 1 })
+        .unwrap();
     drops(&mut engine, StoreIndex(0), &error, R::WrongStore);
     message::emit_error(
         &mut error,
-        &Refusal { tag: tag ^ 1 << 16, code: ErrorCode::BadRequest, epoch: EPOCH },
+        &Refusal { tag: tag ^ 1 << 16, code: ErrorCode::BadRequest, epoch: EPOCH, sequence: 1 },
     )
     .unwrap();
     drops(&mut engine, STORE, &error, R::Stale);
@@ -124,8 +126,9 @@ fn each_is_counted_under_its_reason_and_changes_nothing() {
     drops(&mut engine, STORE, &lookup, R::BadType);
     drops(&mut engine, STORE, b"another protocol altogether", R::BadMagic);
     // Busy is reserved: taken note of, without effect.
-    message::emit_error(&mut error, &Refusal { tag, code: ErrorCode::Busy, epoch: EPOCH }).unwrap();
-    assert_eq!(engine.handle_datagram(now(), STORE, &error), Ok(Accepted::Control));
+    message::emit_error(&mut error, &Refusal { tag, code: ErrorCode::Busy, epoch: EPOCH, sequence: 1 })
+        .unwrap();
+    assert_eq!(engine.handle_datagram(now(), STORE, false, &error), Ok(Accepted::Control));
     assert_eq!(engine.counters().segments_placed, 0);
 
     // The fetch is none the worse for it: both planes arrive, each segment once.
@@ -133,7 +136,7 @@ fn each_is_counted_under_its_reason_and_changes_nothing() {
     for (range, parts) in [(plane, parts), (other, segments(&chunk, &other))] {
         for (segment, bytes) in parts.iter().enumerate() {
             let message = data(range.tag, segment as u32, EPOCH, bytes);
-            let accepted = engine.handle_datagram(now(), STORE, &message).unwrap();
+            let accepted = engine.handle_datagram(now(), STORE, false, &message).unwrap();
             let Accepted::Segment { transfer, segment: number, data: place } = accepted else {
                 panic!("a segment")
             };
@@ -172,7 +175,7 @@ fn a_lookup_that_finds_nothing_leaves_nothing() {
     engine.lookup(now(), LookupId(1), Instant::from_nanos(1 << 40), STORE, &[KEY]).unwrap();
     let message = sent(&mut engine).unwrap();
     let Ok(Message::Lookup(lookup)) = Message::new_checked(&message) else { panic!("a LOOKUP") };
-    engine.handle_datagram(now(), STORE, &reply(lookup.request, &[None])).unwrap();
+    engine.handle_datagram(now(), STORE, false, &reply(lookup.request, &[None])).unwrap();
     assert!(matches!(engine.poll_event(), Some(Event::LookupDone { found: 0, .. })));
     assert!(engine.idle() && sent(&mut engine).is_none());
     engine.handle_timeout(Instant::FAR);

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use proptest::prelude::*;
 use protocol::frame::{self, EmitError};
 use protocol::wire::arp::{Arp, Operation};
-use protocol::wire::message::{self, ErrorCode, Message, PullRange, Refusal, Run};
+use protocol::wire::message::{self, Data, ErrorCode, Message, PullRange, Refusal, Run};
 use protocol::{ChunkInfo, DropReason, HardwareChecks, Incoming, Key, Local, Peer, TxChecksum};
 
 const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x10];
@@ -207,25 +207,25 @@ proptest! {
 
     #[test]
     fn pulls_round_trip(
-        words in any::<[u32; 3]>(), longs in any::<[u64; 2]>(), segment_bytes in any::<u16>(),
+        words in any::<[u32; 3]>(), longs in any::<[u64; 2]>(), segment_bytes in any::<u16>(), sequence in any::<u32>(),
         runs in proptest::collection::vec((any::<u32>(), any::<u16>()), 1..=64),
     ) {
         let range = PullRange { tag: words[0], handle: words[1], bytes: words[2], epoch: longs[0], offset: longs[1], segment_bytes };
         let runs: Vec<Run> = runs.into_iter().map(|(first, count)| Run { first, count }).collect();
         let mut out = [0xee; 1500];
-        let len = message::emit_pull(&mut out, &range, &runs).unwrap();
+        let len = message::emit_pull(&mut out, &range, 7, sequence, &runs).unwrap();
         let Ok(Message::Pull(pull)) = Message::new_checked(&out[..len]) else { panic!("a pull") };
-        prop_assert_eq!(pull.range, range);
+        prop_assert_eq!((pull.range, pull.pace_mbps, pull.sequence), (range, 7, sequence));
         prop_assert!(pull.runs().eq(runs.iter().copied()));
     }
 
     #[test]
-    fn data_round_trips(tag in any::<u32>(), segment in any::<u32>(), epoch in any::<u64>(), payload in proptest::collection::vec(any::<u8>(), 1..1448)) {
+    fn data_round_trips(tag in any::<u32>(), segment in any::<u32>(), epoch in any::<u64>(), sequence in any::<u32>(), waited_ns in any::<u32>(), payload in proptest::collection::vec(any::<u8>(), 1..1448)) {
         let mut out = vec![0xee; message::DATA_HEADER_BYTES];
-        message::emit_data_header(&mut out, tag, segment, epoch).unwrap();
+        message::emit_data_header(&mut out, &Data { tag, segment, epoch, sequence, waited_ns, payload: &[] }).unwrap();
         out.extend_from_slice(&payload);
         let data = message::data(&out).unwrap();
-        prop_assert_eq!((data.tag, data.segment, data.epoch, data.payload), (tag, segment, epoch, &payload[..]));
+        prop_assert_eq!(data, Data { tag, segment, epoch, sequence, waited_ns, payload: &payload });
         prop_assert_eq!(Message::new_checked(&out), Ok(Message::Data(data)));
     }
 }
@@ -403,11 +403,11 @@ fn malformed_messages_are_dropped_under_their_reason() {
     let reply = &reply[..len];
     let mut pull = [0; 2000];
     let range = PullRange { tag: 1, handle: 2, epoch: 3, offset: 4, bytes: 5, segment_bytes: 32 };
-    let len = message::emit_pull(&mut pull, &range, &[Run { first: 0, count: 1 }]).unwrap();
+    let len = message::emit_pull(&mut pull, &range, 0, 1, &[Run { first: 0, count: 1 }]).unwrap();
     let pull = &pull[..len];
-    let mut error = [0; 24];
-    let refusal = Refusal { tag: 1, code: ErrorCode::StaleEpoch, epoch: 2 };
-    assert_eq!(message::emit_error(&mut error, &refusal), Some(24));
+    let mut error = [0; message::ERROR_BYTES];
+    let refusal = Refusal { tag: 1, code: ErrorCode::StaleEpoch, epoch: 2, sequence: 3 };
+    assert_eq!(message::emit_error(&mut error, &refusal), Some(message::ERROR_BYTES));
     assert_eq!(Message::new_checked(&error), Ok(Message::Error(refusal)));
     let edited = |bytes: &[u8], at: usize, value: u8| {
         let mut bytes = bytes.to_vec();
@@ -439,21 +439,23 @@ fn malformed_messages_are_dropped_under_their_reason() {
         (edited(reply, 24 + 16, 1), R::BadField),
         (edited(pull, 38, 0), R::BadLength),
         (edited(pull, 38, 2), R::BadLength),
-        (edited(pull, 46, 1), R::BadFlags),
+        (edited(pull, 54, 1), R::BadFlags),
         (edited(&error, 12, 0), R::BadField),
         (edited(&error, 12, 6), R::BadField),
         (edited(&error, 15, 1), R::BadFlags),
+        (edited(&error, 28, 1), R::BadFlags),
     ];
     for (at, (bytes, reason)) in cases.iter().enumerate() {
         assert_eq!(Message::new_checked(bytes), Err(*reason), "case {at}");
     }
-    let mut empty = [0; 24];
-    message::emit_data_header(&mut empty, 1, 2, 3).unwrap();
+    let mut empty = [0; message::DATA_HEADER_BYTES];
+    let head = Data { tag: 1, segment: 2, epoch: 3, sequence: 4, waited_ns: 5, payload: &[] };
+    message::emit_data_header(&mut empty, &head).unwrap();
     assert_eq!(Message::new_checked(&empty), Err(R::BadLength));
     let mut out = [0; 4000];
     let many = [Key([0; 32]); 41];
     assert_eq!(message::emit_lookup(&mut out, 1, many.iter()), None);
     assert_eq!(message::emit_lookup(&mut out, 1, [].iter()), None);
-    assert_eq!(message::emit_pull(&mut out, &range, &[]), None);
-    assert_eq!(message::emit_pull(&mut out, &range, &[Run::default(); 65]), None);
+    assert_eq!(message::emit_pull(&mut out, &range, 0, 1, &[]), None);
+    assert_eq!(message::emit_pull(&mut out, &range, 0, 1, &[Run::default(); 65]), None);
 }

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use proptest::prelude::*;
-use protocol::wire::message::{self, ErrorCode, Message, PullRange, Run};
+use protocol::wire::message::{self, Data, ErrorCode, Message, PullRange, Run};
 use protocol::{ChunkInfo, ChunkSource, DropReason, Key, Peer, ServeConfig, ServeEngine};
 
 struct Shelf(Vec<u8>);
@@ -43,7 +43,7 @@ fn engine() -> ServeEngine {
 
 fn pull(range: &PullRange, runs: &[Run]) -> Vec<u8> {
     let mut out = [0; 1400];
-    let len = message::emit_pull(&mut out, range, runs).unwrap();
+    let len = message::emit_pull(&mut out, range, 0, 77, runs).unwrap();
     out[..len].to_vec()
 }
 
@@ -63,11 +63,11 @@ fn drain(engine: &mut ServeEngine, shelf: &Shelf) -> (Vec<(u32, Vec<u8>)>, Vec<E
         }
         match Message::new_checked(&bytes).unwrap() {
             Message::Data(data) => {
-                assert_eq!((data.tag, data.epoch), (5, EPOCH));
+                assert_eq!((data.tag, data.epoch, data.sequence), (5, EPOCH, 77));
                 segments.push((data.segment, data.payload.to_vec()));
             }
             Message::Error(refusal) => {
-                assert_eq!((refusal.tag, refusal.epoch), (5, EPOCH));
+                assert_eq!((refusal.tag, refusal.epoch, refusal.sequence), (5, EPOCH, 77));
                 errors.push(refusal.code);
             }
             other => panic!("unexpected {other:?}"),
@@ -144,7 +144,8 @@ fn messages_of_the_other_direction_are_dropped() {
     let shelf = Shelf(vec![0; 1000]);
     let mut engine = engine();
     let mut data = [1; 60];
-    message::emit_data_header(&mut data, 1, 2, 3).unwrap();
+    let head = Data { tag: 1, segment: 2, epoch: 3, sequence: 4, waited_ns: 5, payload: &[] };
+    message::emit_data_header(&mut data, &head).unwrap();
     assert_eq!(engine.handle_datagram(peer(), &data, &shelf), Err(DropReason::BadType));
 }
 

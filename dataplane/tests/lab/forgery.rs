@@ -142,7 +142,7 @@ pub(crate) const FORGERIES: &[(&str, Forge)] = &[
     }),
     ("short message", |random, frame| {
         let message = &frame[HEADERS..];
-        (with_payload(frame, &message[..random.below(message.len().min(24))]), Some(Truncated))
+        (with_payload(frame, &message[..random.below(message.len().min(32))]), Some(Truncated))
     }),
     ("no message", |_, frame| (with_payload(frame, &[]), Some(Truncated))),
     ("magic", |random, frame| {
@@ -158,30 +158,31 @@ pub(crate) const FORGERIES: &[(&str, Forge)] = &[
         (stray(random, frame, MessageType::Lookup, &rest), Some(BadType))
     }),
     ("a PULL", |random, frame| {
-        let rest = [&[0; 26][..], &[1, 0], &[0, 0, 0, 0, 1, 0, 0, 0]].concat();
+        let rest = [&[0; 26][..], &[1, 0], &[0; 8], &[0, 0, 0, 0, 1, 0, 0, 0]].concat();
         (stray(random, frame, MessageType::Pull, &rest), Some(BadType))
     }),
     ("DATA of an unknown tag", |random, frame| {
-        let rest = [&[0; 12][..], &[5; 64]].concat();
+        let rest = [&[0; 20][..], &[5; 64]].concat();
         (stray(random, frame, MessageType::Data, &rest), Some(Stale))
     }),
     ("DATA without data", |random, frame| {
-        (stray(random, frame, MessageType::Data, &[0; 12]), Some(BadLength))
+        (stray(random, frame, MessageType::Data, &[0; 20]), Some(BadLength))
     }),
     ("ERROR of an unknown tag", |random, frame| {
         let code = u8::try_from(random.below(5) + 1).unwrap();
-        let rest = [&[code, 0, 0, 0][..], &[0; 8]].concat();
+        let rest = [&[code, 0, 0, 0][..], &[0; 16]].concat();
         (stray(random, frame, MessageType::Error, &rest), Some(Stale))
     }),
     ("ERROR with an unknown code", |random, frame| {
-        let rest = [&[*random.pick(&[0, 6, 77, 255]), 0, 0, 0][..], &[0; 8]].concat();
+        let rest = [&[*random.pick(&[0, 6, 77, 255]), 0, 0, 0][..], &[0; 16]].concat();
         (stray(random, frame, MessageType::Error, &rest), Some(BadField))
     }),
     ("ERROR with reserved bytes", |random, frame| {
-        (stray(random, frame, MessageType::Error, &[1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]), Some(BadFlags))
+        let rest = [&[1, 0, 1, 0][..], &[0; 16]].concat();
+        (stray(random, frame, MessageType::Error, &rest), Some(BadFlags))
     }),
     ("ERROR with a tail", |random, frame| {
-        (stray(random, frame, MessageType::Error, &[1; 13]), Some(BadLength))
+        (stray(random, frame, MessageType::Error, &[1; 21]), Some(BadLength))
     }),
     ("reply to an unknown request", |random, frame| {
         let number = nobody(random);
@@ -236,10 +237,10 @@ pub(crate) const DATA_FORGERIES: &[(&str, Forge)] = &[
     }),
     ("shorter than its segment", |random, frame| {
         let message = &frame[HEADERS..];
-        (with_payload(frame, &message[..25 + random.below(message.len() - 25)]), None)
+        (with_payload(frame, &message[..33 + random.below(message.len() - 33)]), None)
     }),
     ("ERROR: busy", |_, frame| {
-        let rest = [&frame[HEADERS + 8..HEADERS + 12], &[5, 0, 0, 0], &[1; 8]].concat();
+        let rest = [&frame[HEADERS + 8..HEADERS + 12], &[5, 0, 0, 0], &[1; 8], &[0; 8]].concat();
         (message(frame, MessageType::Error, &rest), None)
     }),
 ];
@@ -247,7 +248,7 @@ pub(crate) const DATA_FORGERIES: &[(&str, Forge)] = &[
 /// An ERROR for the tag `number`.
 pub(crate) fn error_message(number: &[u8], code: u8) -> Vec<u8> {
     let start = [&message::MAGIC[..], &[message::VERSION, MessageType::Error as u8, 0, 0]].concat();
-    [&start, number, &[code, 0, 0, 0], &[1; 8]].concat()
+    [&start, number, &[code, 0, 0, 0], &[1; 8], &[0; 8]].concat()
 }
 
 /// An ERROR for the range that a DATA message belongs to.

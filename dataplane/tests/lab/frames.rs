@@ -77,6 +77,6 @@ pub(crate) fn with_payload(frame: &[u8], payload: &[u8]) -> Vec<u8> {
 
 /// The tag of a DATA message.
 pub(crate) fn data_tag(frame: &[u8]) -> Option<u32> {
-    (frame.len() > HEADERS + 24 && frame[HEADERS + 5] == 4)
+    (frame.len() > HEADERS + 32 && frame[HEADERS + 5] == 4)
         .then(|| u32::from_le_bytes(frame[HEADERS + 8..HEADERS + 12].try_into().unwrap()))
 }

@@ -101,7 +101,7 @@ impl Lab {
         *times += 1;
         let mut bytes = frame.to_vec();
         for _ in 0..=random.below(4) {
-            let at = HEADERS + 24 + random.below(frame.len() - HEADERS - 24);
+            let at = HEADERS + 32 + random.below(frame.len() - HEADERS - 32);
             bytes[at] ^= random.change();
         }
         frames::seal(&mut bytes);

@@ -9,6 +9,8 @@ use crate::reason::DropReason;
 pub struct FetchCounters {
     /// Datagrams given to the engine.
     pub datagrams: u64,
+    /// Of those, marked as having met congestion (ECN).
+    pub marked: u64,
     /// Segments of planes that were placed: `Accepted::Segment`.
     pub segments_placed: u64,
     /// Their payload.
@@ -45,6 +47,7 @@ impl FetchCounters {
     pub(super) const fn new() -> FetchCounters {
         FetchCounters {
             datagrams: 0,
+            marked: 0,
             segments_placed: 0,
             segment_bytes_placed: 0,
             header_segments: 0,

@@ -13,15 +13,18 @@ use super::{FetchEngine, Queued, tag};
 impl<L: ChunkLayout> FetchEngine<L> {
     /// Takes in a UDP payload that came from `store`. An error is counted already.
     ///
-    /// Of an accepted segment the engine keeps one bit; its bytes stay with the caller.
+    /// `marked` says that the IP header's ECN field reads "congestion experienced". Of an accepted segment the engine
+    /// keeps one bit; its bytes stay with the caller.
     #[inline]
     pub fn handle_datagram(
         &mut self,
         now: Instant,
         store: StoreIndex,
+        marked: bool,
         payload: &[u8],
     ) -> Result<Accepted, DropReason> {
         self.counters.datagrams += 1;
+        self.counters.marked += u64::from(marked);
         let result = match message::data(payload) {
             Some(data) => self.handle_data(now, store, &data),
             None => self.handle_control(now, store, payload),

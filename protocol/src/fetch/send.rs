@@ -290,7 +290,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             bytes: transfer.bytes,
             segment_bytes: self.config.segment_bytes,
         };
-        let len = message::emit_pull(out, &range, &runs[..runs_len])?;
+        let len = message::emit_pull(out, &range, 0, 0, &runs[..runs_len])?;
         let store_index = transfer.store;
         let store = &mut self.stores[usize::from(store_index.0)];
         transfer.in_flight += asked;

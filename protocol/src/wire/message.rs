@@ -19,13 +19,13 @@ pub const LOOKUP_REPLY_HEADER_BYTES: usize = 24;
 /// Bytes of an entry of a LOOKUP_REPLY.
 pub const REPLY_ENTRY_BYTES: usize = 32;
 /// Bytes of a PULL before its runs.
-pub const PULL_HEADER_BYTES: usize = 40;
+pub const PULL_HEADER_BYTES: usize = 48;
 /// Bytes of a run of a PULL.
 pub const RUN_BYTES: usize = 8;
 /// Bytes of a DATA message before its payload.
-pub const DATA_HEADER_BYTES: usize = 24;
+pub const DATA_HEADER_BYTES: usize = 32;
 /// Bytes of an ERROR.
-pub const ERROR_BYTES: usize = 24;
+pub const ERROR_BYTES: usize = 32;
 /// Most keys of a LOOKUP.
 pub const MAX_LOOKUP_KEYS: usize = 40;
 /// Most runs of a PULL.
@@ -157,6 +157,10 @@ pub struct Run {
 pub struct Pull<'a> {
     /// The range and how it is cut.
     pub range: PullRange,
+    /// Fastest that the store is to send to the port that asked, in Mbit/s of segments; 0 for as fast as it can.
+    pub pace_mbps: u32,
+    /// The data plane's number of this PULL, repeated in every DATA and ERROR that answers it.
+    pub sequence: u32,
     runs: &'a [u8],
 }
 
@@ -193,6 +197,11 @@ pub struct Data<'a> {
     pub segment: u32,
     /// The store's epoch.
     pub epoch: u64,
+    /// The number of the PULL that this segment answers.
+    pub sequence: u32,
+    /// How long that PULL had waited in the store when this segment was sent, in nanoseconds, at most `u32::MAX`; 0 if
+    /// the store does not measure it.
+    pub waited_ns: u32,
     /// The segment's bytes.
     pub payload: &'a [u8],
 }
@@ -206,6 +215,8 @@ pub struct Refusal {
     pub code: ErrorCode,
     /// The store's epoch.
     pub epoch: u64,
+    /// The number of the PULL.
+    pub sequence: u32,
 }
 
 impl<'a> Message<'a> {
@@ -306,7 +317,7 @@ fn read_pull(payload: &[u8]) -> Result<Pull<'_>, DropReason> {
         bytes: le32(header, 32),
         segment_bytes: le16(header, 36),
     };
-    Ok(Pull { range, runs })
+    Ok(Pull { range, pace_mbps: le32(header, 40), sequence: le32(header, 44), runs })
 }
 
 #[inline(always)]
@@ -315,7 +326,14 @@ fn read_data(payload: &[u8]) -> Result<Data<'_>, DropReason> {
     if payload.is_empty() {
         return Err(DropReason::BadLength);
     }
-    Ok(Data { tag: le32(header, 8), segment: le32(header, 12), epoch: le64(header, 16), payload })
+    Ok(Data {
+        tag: le32(header, 8),
+        segment: le32(header, 12),
+        epoch: le64(header, 16),
+        sequence: le32(header, 24),
+        waited_ns: le32(header, 28),
+        payload,
+    })
 }
 
 fn read_error(payload: &[u8]) -> Result<Refusal, DropReason> {
@@ -323,11 +341,11 @@ fn read_error(payload: &[u8]) -> Result<Refusal, DropReason> {
     if !rest.is_empty() {
         return Err(DropReason::BadLength);
     }
-    if header[13..16] != [0; 3] {
+    if header[13..16] != [0; 3] || le32(header, 28) != 0 {
         return Err(DropReason::BadFlags);
     }
     let code = ErrorCode::from_u8(header[12]).ok_or(DropReason::BadField)?;
-    Ok(Refusal { tag: le32(header, 8), code, epoch: le64(header, 16) })
+    Ok(Refusal { tag: le32(header, 8), code, epoch: le64(header, 16), sequence: le32(header, 24) })
 }
 
 /// Writes a LOOKUP; returns its length, or `None` if `out` is too short or `keys` are none or too many.
@@ -393,7 +411,15 @@ fn write_entry(slot: &mut [u8], info: &ChunkInfo) {
 }
 
 /// Writes a PULL; returns its length, or `None` if `out` is too short or `runs` are none or too many.
-pub fn emit_pull(out: &mut [u8], range: &PullRange, runs: &[Run]) -> Option<usize> {
+///
+/// `pace_mbps` and `sequence` are those of [`Pull`].
+pub fn emit_pull(
+    out: &mut [u8],
+    range: &PullRange,
+    pace_mbps: u32,
+    sequence: u32,
+    runs: &[Run],
+) -> Option<usize> {
     if runs.is_empty() || runs.len() > MAX_PULL_RUNS {
         return None;
     }
@@ -407,6 +433,8 @@ pub fn emit_pull(out: &mut [u8], range: &PullRange, runs: &[Run]) -> Option<usiz
     header[32..36].copy_from_slice(&range.bytes.to_le_bytes());
     header[36..38].copy_from_slice(&range.segment_bytes.to_le_bytes());
     header[38..40].copy_from_slice(&u16::try_from(runs.len()).ok()?.to_le_bytes());
+    header[40..44].copy_from_slice(&pace_mbps.to_le_bytes());
+    header[44..48].copy_from_slice(&sequence.to_le_bytes());
     for (slot, run) in rest.chunks_exact_mut(RUN_BYTES).zip(runs) {
         slot[0..4].copy_from_slice(&run.first.to_le_bytes());
         slot[4..6].copy_from_slice(&run.count.to_le_bytes());
@@ -415,14 +443,17 @@ pub fn emit_pull(out: &mut [u8], range: &PullRange, runs: &[Run]) -> Option<usiz
     Some(bytes)
 }
 
-/// Writes the header of a DATA message, behind which the segment follows; `None` if `out` is too short.
+/// Writes the header of a DATA message, behind which the segment follows (the `payload` given is not looked at);
+/// `None` if `out` is too short.
 #[inline]
-pub fn emit_data_header(out: &mut [u8], tag: u32, segment: u32, epoch: u64) -> Option<usize> {
+pub fn emit_data_header(out: &mut [u8], data: &Data<'_>) -> Option<usize> {
     let header = out.first_chunk_mut::<DATA_HEADER_BYTES>()?;
     header[0..8].copy_from_slice(&common(MessageType::Data));
-    header[8..12].copy_from_slice(&tag.to_le_bytes());
-    header[12..16].copy_from_slice(&segment.to_le_bytes());
-    header[16..24].copy_from_slice(&epoch.to_le_bytes());
+    header[8..12].copy_from_slice(&data.tag.to_le_bytes());
+    header[12..16].copy_from_slice(&data.segment.to_le_bytes());
+    header[16..24].copy_from_slice(&data.epoch.to_le_bytes());
+    header[24..28].copy_from_slice(&data.sequence.to_le_bytes());
+    header[28..32].copy_from_slice(&data.waited_ns.to_le_bytes());
     Some(DATA_HEADER_BYTES)
 }
 
@@ -434,6 +465,8 @@ pub fn emit_error(out: &mut [u8], refusal: &Refusal) -> Option<usize> {
     header[12] = refusal.code as u8;
     header[13..16].fill(0);
     header[16..24].copy_from_slice(&refusal.epoch.to_le_bytes());
+    header[24..28].copy_from_slice(&refusal.sequence.to_le_bytes());
+    header[28..32].fill(0);
     Some(ERROR_BYTES)
 }
 

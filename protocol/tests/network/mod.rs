@@ -281,7 +281,7 @@ impl World {
     fn at_queue(&mut self, queue: usize, store: usize, payload: &[u8]) {
         let now = self.now();
         let node = &mut self.nodes[queue];
-        match node.engine.handle_datagram(now, StoreIndex(store as u16), payload) {
+        match node.engine.handle_datagram(now, StoreIndex(store as u16), false, payload) {
             Ok(Accepted::Segment { transfer, segment, data }) => {
                 let kept = node.kept.entry(transfer.slot()).or_insert_with(|| Kept {
                     transfer,
