@@ -2,7 +2,9 @@
 
 CARGO ?= cargo
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-PACKAGES := build-essential pkg-config libclang-dev libdpdk-dev dpdk
+PACKAGES := build-essential pkg-config libclang-dev libdpdk-dev dpdk python3 python3-venv
+# Where the Python module is built and tested.
+VENV := target/python
 # Memory that `make demo` reserves as hugepages when it may, in MiB.
 HUGEMEM_MIB ?= 1024
 # What `make demo` fetches and how: empty means the sample inside the binary.
@@ -10,7 +12,7 @@ INPUT ?=
 CODEC ?= int4
 DEMO_FLAGS := --codec $(CODEC) $(if $(INPUT),--input $(INPUT))
 
-.PHONY: help setup hugepages build demo test lint bench soak clean
+.PHONY: help setup hugepages build demo test python test-python lint bench soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +40,17 @@ demo: build hugepages ## fetch real KV from a store process through a data plane
 test: build hugepages ## every test
 	$(CARGO) test --workspace --all-targets
 	$(CARGO) test --workspace --doc
+	$(MAKE) test-python
+
+$(VENV)/bin/maturin:
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check 'maturin>=1.9,<2' 'pytest>=8'
+
+python: setup $(VENV)/bin/maturin ## the Python module, into target/python
+	. $(VENV)/bin/activate && maturin develop --quiet --release -m python/Cargo.toml
+
+test-python: build python
+	$(VENV)/bin/pytest -q python/tests
 
 lint: setup ## rustfmt and clippy, warnings are errors
 	$(CARGO) fmt --all --check

@@ -1,0 +1,58 @@
+from os import PathLike
+from typing import Optional, Sequence
+
+class Error(Exception): ...
+class DataPlaneLost(Error): ...
+class Refused(Error): ...
+class RegionError(Error): ...
+
+class Prefix:
+    tokens: int
+    chunk_tokens: list[int]
+    is_whole: bool
+    encoded_bytes: int
+    sequence_bytes: int
+    shape: Optional[tuple[int, int, int]]
+    dtype: Optional[str]
+    def __bool__(self) -> bool: ...
+
+class Region:
+    nbytes: int
+    data_ptr: int
+    def read(self, offset: int, nbytes: int) -> bytes: ...
+    def __len__(self) -> int: ...
+
+class Report:
+    outcome: str
+    planes: int
+    encoded_bytes: int
+    delivered_bytes: int
+    missing: list[tuple[int, str]]
+    message: str
+    seconds: float
+    def __bool__(self) -> bool: ...
+
+class Fetch:
+    def poll(self) -> Optional[Report]: ...
+    def wait(self, timeout: Optional[float] = None) -> Report: ...
+    def cancel(self) -> None: ...
+
+class Client:
+    data_plane: str
+    lost: Optional[str]
+    def __init__(
+        self,
+        socket: str | PathLike[str] = "/run/shadowserve.sock",
+        *,
+        model: str = "default",
+        layout: str = "nhd",
+        codec: str = "int4",
+        rank: int = 0,
+        salt: str = "",
+        timeout: float = 2,
+        spin: float = 0,
+    ) -> None: ...
+    def lookup(self, tokens: Sequence[int], timeout: float = 1) -> Prefix: ...
+    def register(self, nbytes: int) -> Region: ...
+    def fetch(self, prefix: Prefix, region: Region, timeout: float = 5) -> Fetch: ...
+    def stats(self) -> str: ...

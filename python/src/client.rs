@@ -1,0 +1,90 @@
+//! One session with the data plane on this machine.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use client::{ClientConfig, FetchRequest, Namespace};
+use pyo3::prelude::*;
+
+use crate::errors;
+use crate::fetch::Fetch;
+use crate::prefix::Prefix;
+use crate::region::Region;
+use crate::seconds::Seconds;
+
+/// One session with the data plane on this machine. Any number of threads may use it. Connect after a fork.
+///
+/// `model`, `layout`, `codec`, `rank` and `salt` say whose chunks: they must be what the chunks were stored
+/// under, or nothing is ever found.
+#[pyclass(frozen, module = "shadowserve")]
+pub(crate) struct Client(Arc<client::Client>);
+
+#[pymethods]
+impl Client {
+    #[new]
+    #[pyo3(signature = (
+        socket=PathBuf::from("/run/shadowserve.sock"), *, model="default".into(), layout="nhd".into(),
+        codec="int4".into(), rank=0, salt=String::new(), timeout=Seconds::new(2), spin=Seconds::new(0)
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    fn new(
+        py: Python<'_>,
+        socket: PathBuf,
+        model: String,
+        layout: String,
+        codec: String,
+        rank: u32,
+        salt: String,
+        timeout: Seconds,
+        spin: Seconds,
+    ) -> PyResult<Self> {
+        let namespace = Namespace { model, layout, codec, rank, salt };
+        let config = ClientConfig { timeout: timeout.0, spin: spin.0, ..ClientConfig::new(namespace) };
+        let client = py.detach(|| client::Client::connect(socket, &config)).map_err(errors::connect)?;
+        Ok(Self(Arc::new(client)))
+    }
+
+    /// Name and version of the data plane.
+    #[getter]
+    fn data_plane(&self) -> &str {
+        self.0.data_plane()
+    }
+
+    /// Why the session is over, or `None` while it is not.
+    #[getter]
+    fn lost(&self) -> Option<String> {
+        self.0.lost().map(|lost| lost.to_string())
+    }
+
+    /// How much of this token sequence is stored. Waits at most `timeout` seconds.
+    #[pyo3(signature = (tokens, timeout=Seconds::new(1)))]
+    #[expect(clippy::needless_pass_by_value, reason = "converted from a list of Python's")]
+    fn lookup(&self, py: Python<'_>, tokens: Vec<i32>, timeout: Seconds) -> PyResult<Prefix> {
+        let found =
+            py.detach(|| self.0.lookup(&tokens, timeout.0)).map_err(|error| errors::lookup(&error))?;
+        Ok(Prefix(found))
+    }
+
+    /// Host memory that fetches may write to, `nbytes` or a little more. Costs milliseconds: do it at start.
+    fn register(&self, py: Python<'_>, nbytes: usize) -> PyResult<Region> {
+        let region = py.detach(|| self.0.register(nbytes)).map_err(|error| errors::register(&error))?;
+        Ok(Region(region))
+    }
+
+    /// Starts fetching a whole prefix into a region of host memory as two tensors, all of K and then all of V, each
+    /// `[layers, tokens, kv_heads, head_dim]` with `prefix.tokens` tokens. It ends within `timeout` seconds.
+    #[pyo3(signature = (prefix, region, timeout=Seconds::new(5)))]
+    fn fetch(&self, prefix: &Prefix, region: &Bound<'_, Region>, timeout: Seconds) -> PyResult<Fetch> {
+        let target = region.clone().into_any().unbind();
+        let region = &region.get().0;
+        let mut request = FetchRequest::sequence(&prefix.0, region).map_err(errors::value)?;
+        request.timeout = timeout.0;
+        let fetch = self.0.fetch(&request).map_err(|error| errors::fetch(&error))?;
+        Ok(Fetch::new(fetch, target))
+    }
+
+    /// The data plane's counters and latencies, as JSON.
+    fn stats(&self, py: Python<'_>) -> PyResult<String> {
+        py.detach(|| self.0.stats()).map_err(|error| errors::Error::new_err(error.to_string()))
+    }
+}
