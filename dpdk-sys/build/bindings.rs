@@ -6,7 +6,7 @@ use std::path::Path;
 const FUNCTIONS: &[&str] = &[
     "shim_.*",
     "rte_(version|strerror|eal_.*|dev_.*|lcore_.*|get_main_lcore|get_next_lcore|socket_.*|log_.*|openlog_stream)",
-    "rte_(get_tsc_hz|delay_us_block|malloc_.*|mem_.*)",
+    "rte_(get_tsc_hz|delay_us_block|malloc_.*|free|mem_.*)",
     "rte_(mempool|pktmbuf|mbuf|ring)_.*",
     "rte_eth_.*",
     "rte_compressdev_.*|rte_comp_.*",
@@ -28,7 +28,7 @@ const VARIABLES: &[&str] = &[
     "RTE_(VERSION|MAX_LCORE|PKTMBUF_HEADROOM|MEMPOOL_CACHE_MAX_SIZE|MBUF_MAX_NB_SEGS|LOG_.*)",
     "RTE_ETH(ER)?_.*",
     "RTE_MBUF_F_.*",
-    "RTE_COMP_.*",
+    "RTE_COMP(DEV)?_.*",
     "RING_F_.*",
     "SOCKET_ID_ANY|LCORE_ID_ANY",
 ];

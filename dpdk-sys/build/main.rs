@@ -65,11 +65,12 @@ fn check_version(version: &str) {
 
 fn compile_shim(dpdk: &Dpdk) {
     let mut shim = cc::Build::new();
-    // Interrupt handles, which memif.c needs, have been "experimental" since 2021.
+    // Interrupt handles, which memif.c needs, and all of compressdev have been "experimental" since 2021.
     shim.define("ALLOW_EXPERIMENTAL_API", None)
         .flag_if_supported("-Wno-address-of-packed-member")
         .opt_level(2)
         .file("shim/shim.c")
+        .file("shim/compress.c")
         .file("shim/memif.c");
     for flag in &dpdk.cflags {
         shim.flag(flag);

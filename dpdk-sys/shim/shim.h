@@ -14,6 +14,7 @@
 #include <rte_dev.h>
 #include <rte_cycles.h>
 #include <rte_memory.h>
+#include <rte_malloc.h>
 #include <rte_ring.h>
 #include <rte_mempool.h>
 #include <rte_mbuf.h>
@@ -80,6 +81,39 @@ size_t shim_log_types(char *text, size_t size);
 const char *shim_device_bus(const struct rte_device *device);
 /* What follows the name in a device's arguments ("role=client,bsize=9216"), or NULL. */
 const char *shim_device_arguments(const struct rte_device *device);
+
+/* Compression devices (compress.c). The enums and structures of rte_comp.h change between releases, LZ4 came with 23.03: what Rust needs of them
+ * goes through these. */
+enum shim_comp_algorithm {
+	SHIM_COMP_DEFLATE,
+	SHIM_COMP_LZS,
+	SHIM_COMP_LZ4,
+};
+
+struct shim_comp_capability {
+	uint64_t features; /* RTE_COMP_FF_* */
+	uint8_t window_log2_min, window_log2_max;
+};
+
+/* 1 when the device has that algorithm. */
+int shim_comp_capability(uint8_t device, enum shim_comp_algorithm algorithm, struct shim_comp_capability *found);
+/* Makes what a device needs to decompress Deflate streams without checksum. 0, or minus an errno. */
+int shim_comp_inflate_xform(uint8_t device, uint8_t window_log2, void **xform);
+/* Fills in an op that decompresses `length` bytes from `offset` of `source`. */
+void shim_comp_op_set(struct rte_comp_op *op, void *xform, struct rte_mbuf *source, uint32_t offset, uint32_t length,
+		      struct rte_mbuf *destination);
+/* RTE_COMP_OP_STATUS_* */
+uint8_t shim_comp_op_status(const struct rte_comp_op *op);
+uint32_t shim_comp_op_produced(const struct rte_comp_op *op);
+/* One pointer of ours behind the op; its pool is made with that much room. */
+void **shim_comp_op_user(struct rte_comp_op *op);
+
+/* What an mbuf on memory that is not its pool's needs, and how to make one: `shared` counts `references` of such mbufs, and nothing is freed with
+ * the last of them. `data_bytes` of the memory are the mbuf's data, `packet_bytes` is what it states as the packet's length. */
+void shim_mbuf_share(struct rte_mbuf_ext_shared_info *shared, uint16_t references);
+void shim_mbuf_attach(struct rte_mbuf *mbuf, void *memory, uint16_t data_bytes, uint32_t packet_bytes,
+		      struct rte_mbuf_ext_shared_info *shared);
+
 /* 1 when ISA-L's shared library is found, 0 when the compress_isal driver cannot work. */
 int shim_isal_available(void);
 

@@ -23,6 +23,8 @@ pub(crate) struct EalInner {
     workers: Vec<Arc<Worker>>,
     /// Numbers of the ports that are open: a port is handed out once.
     pub(crate) open_ports: Mutex<HashSet<u16>>,
+    /// Numbers of the compression devices that are open.
+    pub(crate) open_compress: Mutex<HashSet<u8>>,
     /// The rings behind ports made by [`crate::Port::ring_pair`], by port name.
     pub(crate) ring_ports: Mutex<HashMap<String, Arc<SharedRings>>>,
 }
@@ -79,6 +81,7 @@ impl Eal {
         let inner = EalInner {
             workers: config.lcores.iter().map(|_| Arc::default()).collect(),
             open_ports: Mutex::default(),
+            open_compress: Mutex::default(),
             ring_ports: Mutex::default(),
         };
         Ok(Eal { inner: Arc::new(inner) })

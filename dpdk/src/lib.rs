@@ -1,5 +1,6 @@
 //! Safe wrappers over DPDK: the environment ([`Eal`]) and its lcores, packet buffers ([`Pool`], [`Mbuf`], [`Burst`]), ports
-//! ([`Port`], [`RxQueue`], [`TxQueue`], [`Rss`]) and rings between lcores ([`Ring`]).
+//! ([`Port`], [`RxQueue`], [`TxQueue`], [`Rss`]), rings between lcores ([`Ring`]) and compression devices ([`CompressDev`], [`CompressQueue`],
+//! [`CompressOp`]).
 //!
 //! What a value owns, its drop returns: an [`Mbuf`] goes back to its pool, a [`Port`] stops its device, the last [`Ring`] handle drops
 //! what is still in it. The environment outlives all of them: it is torn down when the [`Eal`] and everything made with it are gone.
@@ -11,6 +12,12 @@
 //! - A device is trusted: what its driver writes into an mbuf's lengths and flags is believed, the packet's bytes are not.
 
 mod burst;
+mod compress;
+mod compress_caps;
+mod compress_error;
+mod compress_memory;
+mod compress_op;
+mod compress_queue;
 mod drivers;
 mod eal;
 mod eal_args;
@@ -29,6 +36,11 @@ mod ring_ports;
 mod rss;
 
 pub use burst::{BURST, Burst, Drain};
+pub use compress::{CompressConfig, CompressDev};
+pub use compress_caps::{CompressAlgorithm, CompressCapabilities, CompressCapability};
+pub use compress_error::{CompressError, OpError, Unfit};
+pub use compress_op::{CompressOp, Rejected};
+pub use compress_queue::CompressQueue;
 pub use drivers::{drivers, isal_available, version};
 pub use eal::{AttachError, Eal};
 pub use eal_args::{EalConfig, EalError, LogLevel};

@@ -82,6 +82,12 @@ impl Mbuf {
         ManuallyDrop::new(self).raw
     }
 
+    /// The mbuf as DPDK sees it, still owned by this.
+    #[inline]
+    pub(crate) fn as_raw(&self) -> NonNull<rte_mbuf> {
+        self.raw
+    }
+
     /// The packet's bytes in the first buffer.
     #[inline]
     #[must_use]
