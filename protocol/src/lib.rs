@@ -9,7 +9,7 @@
 //! - [`frame`]: an Ethernet frame to a datagram for one of our ports, and back;
 //! - [`neighbour`]: which MAC address a store or gateway has (ARP);
 //! - [`fetch`]: the data plane's engine, which asks for what it wants and pays with credit;
-//! - [`serve`]: the store's engine, which sends what it was asked for and remembers nothing else;
+//! - [`serve`]: the store's engine, which sends what it was asked for, in fair turns, and remembers nothing else;
 //! - [`key`]: how chunks are named;
 //! - [`reason`]: why a received packet was dropped, for counters.
 #![forbid(unsafe_code)]

@@ -112,22 +112,18 @@ fn each_is_counted_under_its_reason_and_changes_nothing() {
     drops(&mut engine, STORE, &data(tag, 0, EPOCH, &[]), R::BadLength);
     drops(&mut engine, STORE, &data(tag, 0, EPOCH, parts[0])[..31], R::Truncated);
     let mut error = [0; message::ERROR_BYTES];
-    message::emit_error(&mut error, &Refusal { tag, code: ErrorCode::BadRequest, epoch: EPOCH, sequence: 1 })
-        .unwrap();
+    message::emit_error(&mut error, &Refusal::of_pull(tag, 1, ErrorCode::BadRequest, EPOCH)).unwrap();
     drops(&mut engine, StoreIndex(0), &error, R::WrongStore);
-    message::emit_error(
-        &mut error,
-        &Refusal { tag: tag ^ 1 << 16, code: ErrorCode::BadRequest, epoch: EPOCH, sequence: 1 },
-    )
-    .unwrap();
+    message::emit_error(&mut error, &Refusal::of_pull(tag ^ 1 << 16, 1, ErrorCode::BadRequest, EPOCH))
+        .unwrap();
     drops(&mut engine, STORE, &error, R::Stale);
     let mut lookup = [0; 48];
     message::emit_lookup(&mut lookup, 1, [KEY].iter()).unwrap();
     drops(&mut engine, STORE, &lookup, R::BadType);
     drops(&mut engine, STORE, b"another protocol altogether", R::BadMagic);
-    // Busy is reserved: taken note of, without effect.
-    message::emit_error(&mut error, &Refusal { tag, code: ErrorCode::Busy, epoch: EPOCH, sequence: 1 })
-        .unwrap();
+    // Busy: taken note of, without effect on what arrives.
+    let busy = Refusal { retry_us: 50, ..Refusal::of_pull(tag, 1, ErrorCode::Busy, EPOCH) };
+    message::emit_error(&mut error, &busy).unwrap();
     assert_eq!(engine.handle_datagram(now(), STORE, false, &error), Ok(Accepted::Control));
     assert_eq!(engine.counters().segments_placed, 0);
 

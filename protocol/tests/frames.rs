@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use proptest::prelude::*;
 use protocol::frame::{self, EmitError};
 use protocol::wire::arp::{Arp, Operation};
-use protocol::wire::message::{self, Data, ErrorCode, Message, PullRange, Refusal, Run};
+use protocol::wire::message::{self, Data, ErrorCode, Message, Probe, PullRange, Refusal, Run, Subject};
 use protocol::{ChunkInfo, DropReason, HardwareChecks, Incoming, Key, Local, Peer, TxChecksum};
 
 const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x10];
@@ -406,7 +406,7 @@ fn malformed_messages_are_dropped_under_their_reason() {
     let len = message::emit_pull(&mut pull, &range, 0, 1, &[Run { first: 0, count: 1 }]).unwrap();
     let pull = &pull[..len];
     let mut error = [0; message::ERROR_BYTES];
-    let refusal = Refusal { tag: 1, code: ErrorCode::StaleEpoch, epoch: 2, sequence: 3 };
+    let refusal = Refusal::of_pull(1, 3, ErrorCode::StaleEpoch, 2);
     assert_eq!(message::emit_error(&mut error, &refusal), Some(message::ERROR_BYTES));
     assert_eq!(Message::new_checked(&error), Ok(Message::Error(refusal)));
     let edited = |bytes: &[u8], at: usize, value: u8| {
@@ -414,7 +414,21 @@ fn malformed_messages_are_dropped_under_their_reason() {
         bytes[at] = value;
         bytes
     };
-    for good in [lookup, reply, pull, &error[..]] {
+    for subject in [Subject::Pull, Subject::Lookup] {
+        let busy = Refusal { subject, retry_us: 0x12_3456, ..Refusal::of_pull(9, 8, ErrorCode::Busy, 2) };
+        let mut bytes = [0; message::ERROR_BYTES];
+        message::emit_error(&mut bytes, &busy).unwrap();
+        assert_eq!(Message::new_checked(&bytes), Ok(Message::Error(busy)));
+    }
+    let mut probe = [0xee; 100];
+    let sent = Probe { id: 7, bytes: 100, epoch: 0 };
+    assert_eq!(message::emit_probe(&mut probe[..99], &sent, false), None);
+    assert_eq!(message::emit_probe(&mut probe, &Probe { bytes: 23, ..sent }, false), None);
+    assert_eq!(message::emit_probe(&mut probe, &sent, true), Some(100));
+    assert_eq!(Message::new_checked(&probe), Ok(Message::ProbeReply(sent)));
+    assert_eq!(message::emit_probe(&mut probe, &sent, false), Some(100));
+    assert_eq!(Message::new_checked(&probe), Ok(Message::Probe(sent)));
+    for good in [lookup, reply, pull, &error[..], &probe[..]] {
         assert!(Message::new_checked(good).is_ok());
         let longer = [good, &[0]].concat();
         assert_eq!(Message::new_checked(&longer), Err(R::BadLength));
@@ -425,7 +439,7 @@ fn malformed_messages_are_dropped_under_their_reason() {
         assert_eq!(Message::new_checked(&edited(good, 0, 0)), Err(R::BadMagic));
         assert_eq!(Message::new_checked(&edited(good, 4, 2)), Err(R::BadVersion));
         assert_eq!(Message::new_checked(&edited(good, 5, 0)), Err(R::BadType));
-        assert_eq!(Message::new_checked(&edited(good, 5, 6)), Err(R::BadType));
+        assert_eq!(Message::new_checked(&edited(good, 5, 8)), Err(R::BadType));
         assert_eq!(Message::new_checked(&edited(good, 7, 1)), Err(R::BadFlags));
     }
     let cases = [
@@ -442,8 +456,12 @@ fn malformed_messages_are_dropped_under_their_reason() {
         (edited(pull, 54, 1), R::BadFlags),
         (edited(&error, 12, 0), R::BadField),
         (edited(&error, 12, 6), R::BadField),
+        (edited(&error, 13, 1), R::BadField),
+        (edited(&error, 13, 2), R::BadField),
         (edited(&error, 15, 1), R::BadFlags),
         (edited(&error, 28, 1), R::BadFlags),
+        (edited(&probe, 14, 1), R::BadFlags),
+        (edited(&probe, 12, 99), R::BadLength),
     ];
     for (at, (bytes, reason)) in cases.iter().enumerate() {
         assert_eq!(Message::new_checked(bytes), Err(*reason), "case {at}");

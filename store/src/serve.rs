@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use iface::{Counter, Link, Outgoing, Stage};
-use protocol::ChunkSource;
 use protocol::serve::ServeEngine;
+use protocol::{ChunkSource, Instant};
 
 use crate::chunks::ChunkStore;
 
@@ -33,18 +33,19 @@ impl Stage for ServeStage {
     fn poll(&mut self, now_ns: u64) -> usize {
         let received = self.receive(now_ns);
         self.link.poll_neighbours(now_ns);
-        received + self.transmit()
+        received + self.transmit(now_ns)
     }
 }
 
 impl ServeStage {
     fn receive(&mut self, now_ns: u64) -> usize {
         let Self { chunks, link, engine, counts, .. } = self;
+        let now = Instant::from_nanos(now_ns);
         let link_counters = Arc::clone(link.counters());
         link.receive(now_ns, |datagram| {
             counts.datagrams.add(1);
             let payload = datagram.mbuf.data();
-            let answered = engine.handle_datagram(datagram.from, payload, chunks.as_ref());
+            let answered = engine.handle_datagram(now, datagram.from, payload, chunks.as_ref());
             if let Err(reason) = answered {
                 link_counters.dropped.add(reason);
             }
@@ -53,7 +54,8 @@ impl ServeStage {
 
     /// Sends until the burst is full or nothing waits; what the device does not take stays in the burst, and what did
     /// not fit the burst stays in the engine's queue.
-    fn transmit(&mut self) -> usize {
+    fn transmit(&mut self, now_ns: u64) -> usize {
+        let now = Instant::from_nanos(now_ns);
         let Self { chunks, link, engine, counts, udp_port } = self;
         if engine.idle() {
             link.flush();
@@ -61,7 +63,7 @@ impl ServeStage {
         }
         let mut write = |buffer: &mut [u8]| {
             loop {
-                let transmit = engine.poll_transmit(buffer)?;
+                let transmit = engine.poll_transmit(now, buffer)?;
                 let mut payload_bytes = transmit.header_bytes;
                 // Chunk headers and planes have checksums of their own, which their receiver checks.
                 let covered = transmit.payload.is_some();

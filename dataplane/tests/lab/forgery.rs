@@ -142,7 +142,7 @@ pub(crate) const FORGERIES: &[(&str, Forge)] = &[
     }),
     ("short message", |random, frame| {
         let message = &frame[HEADERS..];
-        (with_payload(frame, &message[..random.below(message.len().min(32))]), Some(Truncated))
+        (with_payload(frame, &message[..random.below(message.len().min(24))]), Some(Truncated))
     }),
     ("no message", |_, frame| (with_payload(frame, &[]), Some(Truncated))),
     ("magic", |random, frame| {
@@ -180,6 +180,13 @@ pub(crate) const FORGERIES: &[(&str, Forge)] = &[
     ("ERROR with reserved bytes", |random, frame| {
         let rest = [&[1, 0, 1, 0][..], &[0; 16]].concat();
         (stray(random, frame, MessageType::Error, &rest), Some(BadFlags))
+    }),
+    ("ERROR for a LOOKUP that is not busy", |random, frame| {
+        (stray(random, frame, MessageType::Error, &[&[1, 1][..], &[0; 18]].concat()), Some(BadField))
+    }),
+    ("a PROBE", |random, frame| {
+        let rest = [&[52, 0, 0, 0][..], &[0; 36]].concat();
+        (stray(random, frame, MessageType::Probe, &rest), Some(BadType))
     }),
     ("ERROR with a tail", |random, frame| {
         (stray(random, frame, MessageType::Error, &[1; 21]), Some(BadLength))
@@ -240,7 +247,7 @@ pub(crate) const DATA_FORGERIES: &[(&str, Forge)] = &[
         (with_payload(frame, &message[..33 + random.below(message.len() - 33)]), None)
     }),
     ("ERROR: busy", |_, frame| {
-        let rest = [&frame[HEADERS + 8..HEADERS + 12], &[5, 0, 0, 0], &[1; 8], &[0; 8]].concat();
+        let rest = [&frame[HEADERS + 8..HEADERS + 12], &[5, 0, 0, 0], &[1; 8], &[0; 4], &[7; 4]].concat();
         (message(frame, MessageType::Error, &rest), None)
     }),
 ];

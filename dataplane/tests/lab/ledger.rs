@@ -195,7 +195,9 @@ impl Ledger {
         }
         match Message::new_checked(&frame.bytes[payload]) {
             Err(reason) => Fates::dropped(reason),
-            Ok(Message::Lookup(_) | Message::Pull(_)) => Fates::dropped(DropReason::BadType),
+            Ok(Message::Lookup(_) | Message::Pull(_) | Message::Probe(_) | Message::ProbeReply(_)) => {
+                Fates::dropped(DropReason::BadType)
+            }
             Ok(Message::Data(data)) => {
                 self.predict_data(data.tag, data.segment, data.epoch, data.payload, library)
             }

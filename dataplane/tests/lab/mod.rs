@@ -290,10 +290,10 @@ impl Lab {
                 continue;
             }
             self.ledger.asked(&payload);
-            self.serve.handle_datagram(from, &payload, round.library).unwrap();
+            self.serve.handle_datagram(protocol::Instant::ZERO, from, &payload, round.library).unwrap();
         }
         let mut message = vec![0; 2048];
-        while let Some(transmit) = self.serve.poll_transmit(&mut message) {
+        while let Some(transmit) = self.serve.poll_transmit(protocol::Instant::ZERO, &mut message) {
             let mut payload = message[..transmit.header_bytes].to_vec();
             if let Some((handle, range)) = transmit.payload {
                 payload.extend_from_slice(&round.library.chunks[usize::try_from(handle).unwrap()][range]);
@@ -359,7 +359,8 @@ impl Lab {
                 && count(counters, "tx_packets") == self.received
                 && count(&stats["memory"], "mbufs_in_use") <= 1;
             if is_settled {
-                return stats;
+                // Counters are read one after another: those read before the last packet was accounted for may miss it.
+                return self.stats();
             }
             let (sent, received) = (self.sent, self.received);
             assert!(Instant::now() < deadline, "sent {sent}, received {received}: {stats:#}");

@@ -3,7 +3,7 @@
 use crate::chunk::ChunkLayout;
 use crate::reason::DropReason;
 use crate::time::Instant;
-use crate::wire::message::{self, Data, ErrorCode, LookupReply, Message, Refusal};
+use crate::wire::message::{self, Data, ErrorCode, LookupReply, Message, Refusal, Subject};
 
 use super::event::{Accepted, LookupOutcome, StoreIndex, TransferId};
 use super::index::{Index, JobIndex, LookupIndex, TransferIndex};
@@ -138,7 +138,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
             Message::Data(data) => return self.handle_data(now, store, &data),
             Message::LookupReply(reply) => self.handle_reply(now, store, &reply)?,
             Message::Error(refusal) => self.handle_refusal(store, &refusal)?,
-            Message::Lookup(_) | Message::Pull(_) => return Err(DropReason::BadType),
+            Message::Lookup(_) | Message::Pull(_) | Message::Probe(_) | Message::ProbeReply(_) => {
+                return Err(DropReason::BadType);
+            }
         }
         self.counters.control += 1;
         Ok(Accepted::Control)
@@ -206,6 +208,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
     }
 
     fn handle_refusal(&mut self, store: StoreIndex, refusal: &Refusal) -> Result<(), DropReason> {
+        if refusal.subject == Subject::Lookup {
+            return Ok(());
+        }
         let index = TransferIndex(tag::slot_of(refusal.tag));
         let transfer = self.transfers.get(index.at()).ok_or(DropReason::Stale)?;
         if transfer.tag != refusal.tag || transfer.state != TransferState::Receiving {

@@ -26,6 +26,8 @@ pub const RUN_BYTES: usize = 8;
 pub const DATA_HEADER_BYTES: usize = 32;
 /// Bytes of an ERROR.
 pub const ERROR_BYTES: usize = 32;
+/// Bytes of a PROBE or PROBE_REPLY before its padding.
+pub const PROBE_HEADER_BYTES: usize = 24;
 /// Most keys of a LOOKUP.
 pub const MAX_LOOKUP_KEYS: usize = 40;
 /// Most runs of a PULL.
@@ -49,11 +51,15 @@ pub enum MessageType {
     Pull = 3,
     /// Store to data plane: one segment.
     Data = 4,
-    /// Store to data plane: a PULL that cannot be served.
+    /// Store to data plane: a request that cannot be served, or not now.
     Error = 5,
+    /// Data plane to store: does a message of this size arrive?
+    Probe = 6,
+    /// Store to data plane: it did, and this one has the same size.
+    ProbeReply = 7,
 }
 
-/// Why a store cannot serve a PULL.
+/// Why a store does not serve a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ErrorCode {
@@ -65,7 +71,7 @@ pub enum ErrorCode {
     OutOfRange = 3,
     /// The PULL contradicts the specification or the store's limits.
     BadRequest = 4,
-    /// Reserved: the store asks to be left alone for a while. Receivers of version 1 ignore it.
+    /// The store's queues are full: ask again after [`Refusal::retry_us`]. The only code that a LOOKUP can get.
     Busy = 5,
 }
 
@@ -95,6 +101,10 @@ pub enum Message<'a> {
     Data(Data<'a>),
     /// See [`Refusal`].
     Error(Refusal),
+    /// See [`Probe`].
+    Probe(Probe),
+    /// See [`Probe`].
+    ProbeReply(Probe),
 }
 
 /// Which of these keys are held?
@@ -206,17 +216,49 @@ pub struct Data<'a> {
     pub payload: &'a [u8],
 }
 
-/// A PULL that cannot be served.
+/// What an ERROR is the answer to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Subject {
+    /// The PULLs of a tag.
+    Pull = 0,
+    /// The LOOKUP of a request id.
+    Lookup = 1,
+}
+
+/// A request that cannot be served, or not now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// The PULL's tag.
+    /// The PULL's tag, or the LOOKUP's request id.
     pub tag: u32,
+    /// Which of the two.
+    pub subject: Subject,
     /// Why.
     pub code: ErrorCode,
     /// The store's epoch.
     pub epoch: u64,
-    /// The number of the PULL.
+    /// The number of the PULL; 0 for a LOOKUP.
     pub sequence: u32,
+    /// With [`ErrorCode::Busy`]: microseconds after which asking again is worth it. Otherwise 0.
+    pub retry_us: u32,
+}
+
+impl Refusal {
+    /// A PULL that cannot be served.
+    pub const fn of_pull(tag: u32, sequence: u32, code: ErrorCode, epoch: u64) -> Refusal {
+        Refusal { tag, subject: Subject::Pull, code, epoch, sequence, retry_us: 0 }
+    }
+}
+
+/// A message that is there for its size: zeros behind a short header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Chosen by the data plane and repeated in the reply.
+    pub id: u32,
+    /// Bytes of the whole message, at least [`PROBE_HEADER_BYTES`].
+    pub bytes: u16,
+    /// The store's epoch; 0 in a PROBE.
+    pub epoch: u64,
 }
 
 impl<'a> Message<'a> {
@@ -240,6 +282,8 @@ impl<'a> Message<'a> {
             3 => read_pull(payload).map(Message::Pull),
             4 => read_data(payload).map(Message::Data),
             5 => read_error(payload).map(Message::Error),
+            6 => read_probe(payload).map(Message::Probe),
+            7 => read_probe(payload).map(Message::ProbeReply),
             _ => Err(DropReason::BadType),
         }
     }
@@ -341,11 +385,34 @@ fn read_error(payload: &[u8]) -> Result<Refusal, DropReason> {
     if !rest.is_empty() {
         return Err(DropReason::BadLength);
     }
-    if header[13..16] != [0; 3] || le32(header, 28) != 0 {
+    if header[14..16] != [0; 2] {
         return Err(DropReason::BadFlags);
     }
     let code = ErrorCode::from_u8(header[12]).ok_or(DropReason::BadField)?;
-    Ok(Refusal { tag: le32(header, 8), code, epoch: le64(header, 16), sequence: le32(header, 24) })
+    let subject = match header[13] {
+        0 => Subject::Pull,
+        1 if code == ErrorCode::Busy => Subject::Lookup,
+        _ => return Err(DropReason::BadField),
+    };
+    let retry_us = le32(header, 28);
+    if code != ErrorCode::Busy && retry_us != 0 {
+        return Err(DropReason::BadFlags);
+    }
+    let (tag, sequence) = (le32(header, 8), le32(header, 24));
+    Ok(Refusal { tag, subject, code, epoch: le64(header, 16), sequence, retry_us })
+}
+
+/// The padding is not looked at: only its size matters, and that the datagram arrived whole.
+fn read_probe(payload: &[u8]) -> Result<Probe, DropReason> {
+    let (header, _) = split::<PROBE_HEADER_BYTES>(payload)?;
+    if le16(header, 14) != 0 {
+        return Err(DropReason::BadFlags);
+    }
+    let bytes = le16(header, 12);
+    if usize::from(bytes) != payload.len() {
+        return Err(DropReason::BadLength);
+    }
+    Ok(Probe { id: le32(header, 8), bytes, epoch: le64(header, 16) })
 }
 
 /// Writes a LOOKUP; returns its length, or `None` if `out` is too short or `keys` are none or too many.
@@ -463,11 +530,27 @@ pub fn emit_error(out: &mut [u8], refusal: &Refusal) -> Option<usize> {
     header[0..8].copy_from_slice(&common(MessageType::Error));
     header[8..12].copy_from_slice(&refusal.tag.to_le_bytes());
     header[12] = refusal.code as u8;
-    header[13..16].fill(0);
+    header[13] = refusal.subject as u8;
+    header[14..16].fill(0);
     header[16..24].copy_from_slice(&refusal.epoch.to_le_bytes());
     header[24..28].copy_from_slice(&refusal.sequence.to_le_bytes());
-    header[28..32].fill(0);
+    header[28..32].copy_from_slice(&refusal.retry_us.to_le_bytes());
     Some(ERROR_BYTES)
+}
+
+/// Writes a PROBE, or with `reply` a PROBE_REPLY, padding included; `None` if `out` is shorter than `probe.bytes` or
+/// that is less than the header.
+pub fn emit_probe(out: &mut [u8], probe: &Probe, reply: bool) -> Option<usize> {
+    let bytes = usize::from(probe.bytes);
+    let (header, padding) = out.get_mut(..bytes)?.split_first_chunk_mut::<PROBE_HEADER_BYTES>()?;
+    let kind = if reply { MessageType::ProbeReply } else { MessageType::Probe };
+    header[0..8].copy_from_slice(&common(kind));
+    header[8..12].copy_from_slice(&probe.id.to_le_bytes());
+    header[12..14].copy_from_slice(&probe.bytes.to_le_bytes());
+    header[14..16].fill(0);
+    header[16..24].copy_from_slice(&probe.epoch.to_le_bytes());
+    padding.fill(0);
+    Some(bytes)
 }
 
 /// Segments of a range of `bytes` cut into `segment_bytes`, which must not be zero.

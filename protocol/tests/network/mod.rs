@@ -255,15 +255,16 @@ impl World {
     }
 
     fn at_store(&mut self, store: usize, queue: usize, payload: &[u8]) {
+        let now = self.now();
         let node = &mut self.stores[store];
         if !node.alive {
             return;
         }
-        let _ = node.engine.handle_datagram(peer(queue), payload, &node.library);
+        let _ = node.engine.handle_datagram(now, peer(queue), payload, &node.library);
         let mut out = [0_u8; MAX_CONTROL_BYTES];
         loop {
             let node = &mut self.stores[store];
-            let Some(transmit) = node.engine.poll_transmit(&mut out) else { break };
+            let Some(transmit) = node.engine.poll_transmit(now, &mut out) else { break };
             let mut message = out[..transmit.header_bytes].to_vec();
             if let Some((handle, range)) = transmit.payload {
                 use protocol::ChunkSource as _;
