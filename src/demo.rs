@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 use client::{Client, ClientConfig, LookupError, Outcome, Prefix};
-use compress::Codec;
+use compress::{Codec, Compression, PlaneCodec};
 use dataplane::{Placement, StageKind};
 use dpdk::{Eal, EalConfig, Port};
 use hugepages::PageChoice;
@@ -40,9 +40,12 @@ pub(crate) struct Flags {
     /// KV cache to fetch [default: a sample inside this program]
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// How planes are encoded: raw, lossless, int8 or int4
+    /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
     #[arg(long, value_name = "CODEC", default_value = "int4")]
     codec: Codec,
+    /// How codes are compressed: zstd, or none (larger, and several times faster to decode)
+    #[arg(long, value_name = "COMPRESSION", default_value = "zstd")]
+    compression: Compression,
     /// Where to write what arrived
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -99,7 +102,7 @@ struct Stage<'a> {
     input: &'a Path,
     folder: &'a Path,
     socket: PathBuf,
-    codec: Codec,
+    codec: PlaneCodec,
     placement: Placement,
     store_cpu: usize,
     quiet: bool,
@@ -114,7 +117,8 @@ impl<'a> Stage<'a> {
             None => placement_for(&cpus)?,
         };
         let socket = folder.join("control.sock");
-        Ok(Self { input, folder, socket, codec: flags.codec, placement, store_cpu, quiet: flags.json })
+        let codec = PlaneCodec { compression: flags.compression, ..flags.codec.into() };
+        Ok(Self { input, folder, socket, codec, placement, store_cpu, quiet: flags.json })
     }
 
     fn say(&self, text: &str) {
@@ -127,7 +131,7 @@ impl<'a> Stage<'a> {
         Namespace {
             model: "demo".into(),
             layout: "nhd".into(),
-            codec: self.codec.name().into(),
+            codec: self.codec.codec.name().into(),
             ..Namespace::default()
         }
     }
@@ -256,7 +260,9 @@ impl TwoProcesses {
                 "--load",
                 &stage.input.to_string_lossy(),
                 "--codec",
-                stage.codec.name(),
+                stage.codec.codec.name(),
+                "--compression",
+                stage.codec.compression.name(),
                 "--model",
                 "demo",
                 "--lcores",

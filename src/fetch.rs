@@ -27,7 +27,7 @@ pub(crate) struct Flags {
     /// Compare with what the codec must give of the `k` and `v` in --tokens-from
     #[arg(long)]
     verify: bool,
-    /// Codec that the store encodes with: raw, lossless, int8 or int4
+    /// Codec that the store encodes with: raw, lossless, int8, int5, int4, int3 or cachegen
     #[arg(long, value_name = "CODEC", default_value = "int4")]
     codec: Codec,
     /// Unix socket of the data plane

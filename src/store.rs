@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
-use compress::Codec;
+use compress::{Codec, Compression, PlaneCodec};
 use dpdk::Eal;
 use store::chunks::{ChunkStore, LoadConfig};
 
@@ -17,9 +17,12 @@ pub(crate) struct Flags {
     /// KV caches to load: .safetensors files with `k`, `v` [layers, tokens, kv_heads, head_dim] and `tokens`
     #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
     load: Vec<PathBuf>,
-    /// How planes are encoded: raw, lossless, int8 or int4
+    /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
     #[arg(long, value_name = "CODEC", default_value = "int4")]
     codec: Codec,
+    /// How codes are compressed: zstd, or none (larger, and several times faster to decode)
+    #[arg(long, value_name = "COMPRESSION", default_value = "zstd")]
+    compression: Compression,
     /// zstd level: higher is smaller and slower to encode
     #[arg(long, value_name = "LEVEL", default_value_t = compress::DEFAULT_ZSTD_LEVEL, allow_hyphen_values = true)]
     zstd_level: i32,
@@ -51,7 +54,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let load = LoadConfig {
         files: flags.load.clone(),
         namespace: flags.namespace.namespace(flags.codec),
-        codec: flags.codec,
+        codec: PlaneCodec { compression: flags.compression, ..flags.codec.into() },
         level: flags.zstd_level,
         memory_bytes: flags.memory_mib << 20,
         pages: flags.eal.pages(),

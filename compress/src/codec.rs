@@ -1,4 +1,4 @@
-//! How a plane is encoded: the codec, and the axis that shares a scale.
+//! How a plane is encoded: the codec, the axis that shares a scale, and the compression of the codes.
 
 use std::str::FromStr;
 
@@ -10,17 +10,24 @@ use serde::{Deserialize, Serialize};
 pub enum Codec {
     /// The 16-bit elements as they are.
     Raw,
-    /// Exact: high and low bytes of the elements apart, each compressed with zstd.
+    /// Exact: high and low bytes of the elements apart, each compressed.
     Lossless,
-    /// 8-bit codes with shared scales, compressed with zstd.
+    /// 8-bit codes with shared scales, compressed.
     Int8,
-    /// 4-bit codes with shared scales, compressed with zstd.
+    /// 5-bit codes with shared scales, compressed.
+    Int5,
+    /// 4-bit codes with shared scales, compressed.
     Int4,
+    /// 3-bit codes with shared scales, compressed.
+    Int3,
+    /// CacheGen's quantizer (arXiv 2310.07240): symmetric bins over all elements of a token, compressed.
+    CacheGen,
 }
 
 impl Codec {
-    /// Every codec, in the order of size, largest first.
-    pub const ALL: [Self; 4] = [Self::Raw, Self::Lossless, Self::Int8, Self::Int4];
+    /// Every codec, in the order of size, largest first; `cachegen`, whose bins are a choice, last.
+    pub const ALL: [Self; 7] =
+        [Self::Raw, Self::Lossless, Self::Int8, Self::Int5, Self::Int4, Self::Int3, Self::CacheGen];
 
     /// The number that stands for this codec in an encoded chunk.
     #[must_use]
@@ -30,6 +37,9 @@ impl Codec {
             Self::Lossless => 1,
             Self::Int8 => 2,
             Self::Int4 => 3,
+            Self::Int5 => 4,
+            Self::Int3 => 5,
+            Self::CacheGen => 6,
         }
     }
 
@@ -41,6 +51,9 @@ impl Codec {
             1 => Some(Self::Lossless),
             2 => Some(Self::Int8),
             3 => Some(Self::Int4),
+            4 => Some(Self::Int5),
+            5 => Some(Self::Int3),
+            6 => Some(Self::CacheGen),
             _ => None,
         }
     }
@@ -52,7 +65,10 @@ impl Codec {
             Self::Raw => "raw",
             Self::Lossless => "lossless",
             Self::Int8 => "int8",
+            Self::Int5 => "int5",
             Self::Int4 => "int4",
+            Self::Int3 => "int3",
+            Self::CacheGen => "cachegen",
         }
     }
 
@@ -71,7 +87,7 @@ impl std::fmt::Display for Codec {
 
 /// A codec's name that no codec has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown codec {0:?}: use one of raw, lossless, int8, int4")]
+#[error("unknown codec {0:?}: use one of raw, lossless, int8, int5, int4, int3, cachegen")]
 pub struct UnknownCodec(pub String);
 
 impl FromStr for Codec {
@@ -92,6 +108,8 @@ pub enum Quantizer {
     PerChannel,
     /// All dimensions of one token's head: `tokens * kv_heads` scales.
     PerTokenAndHead,
+    /// All heads and dimensions of one token, symmetric: `tokens` largest magnitudes, no offsets. `cachegen` only.
+    PerToken,
 }
 
 impl Quantizer {
@@ -102,6 +120,7 @@ impl Quantizer {
             Self::None => 0,
             Self::PerChannel => 1,
             Self::PerTokenAndHead => 2,
+            Self::PerToken => 3,
         }
     }
 
@@ -112,6 +131,7 @@ impl Quantizer {
             0 => Some(Self::None),
             1 => Some(Self::PerChannel),
             2 => Some(Self::PerTokenAndHead),
+            3 => Some(Self::PerToken),
             _ => None,
         }
     }
@@ -123,7 +143,103 @@ impl std::fmt::Display for Quantizer {
             Self::None => "none",
             Self::PerChannel => "per-channel",
             Self::PerTokenAndHead => "per-token-and-head",
+            Self::PerToken => "per-token",
         })
+    }
+}
+
+/// How the sections of a plane are compressed, without loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Not at all: codes are stored as packed. The least work to decode.
+    None,
+    /// One zstd frame for each section.
+    Zstd,
+}
+
+impl Compression {
+    /// Every compression that has a number and a name, in the order of the numbers.
+    pub const ALL: [Self; 2] = [Self::None, Self::Zstd];
+
+    /// The number that stands for this compression in an encoded chunk. 2 is reserved for Deflate, 3 for LZ4.
+    #[must_use]
+    pub const fn wire(self) -> u8 {
+        match self {
+            Self::None => 0,
+            Self::Zstd => 1,
+        }
+    }
+
+    /// The compression a number in an encoded chunk stands for, or `None` for a number without a meaning.
+    #[must_use]
+    pub const fn from_wire(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::None),
+            1 => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+
+    /// The name used by flags, files and metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Zstd => "zstd",
+        }
+    }
+}
+
+impl std::fmt::Display for Compression {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A compression's name that no compression has.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown compression {0:?}: use one of none, zstd")]
+pub struct UnknownCompression(pub String);
+
+impl FromStr for Compression {
+    type Err = UnknownCompression;
+
+    fn from_str(name: &str) -> Result<Self, UnknownCompression> {
+        let named = Self::ALL.into_iter().find(|compression| compression.name() == name);
+        named.ok_or_else(|| UnknownCompression(name.to_owned()))
+    }
+}
+
+/// How one plane is to be encoded. A chunk may mix them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PlaneCodec {
+    /// How elements become bytes.
+    pub codec: Codec,
+    /// How those bytes are compressed; [`Codec::Raw`] is not, whatever stands here.
+    pub compression: Compression,
+    /// Bins of [`Codec::CacheGen`], even, 4 to 254; the other codecs leave it alone.
+    pub bins: u8,
+}
+
+/// Bins of `cachegen` unless told otherwise: what LMCache gives the first layers of Llama-8B and Mistral-7B.
+pub const DEFAULT_BINS: u8 = 32;
+
+impl From<Codec> for PlaneCodec {
+    /// With zstd, and [`DEFAULT_BINS`].
+    fn from(codec: Codec) -> Self {
+        Self { codec, compression: Compression::Zstd, bins: DEFAULT_BINS }
+    }
+}
+
+impl PlaneCodec {
+    /// Without what the codec has no use for: as it stands in an entry.
+    pub(crate) fn normalized(self) -> Self {
+        match self.codec {
+            Codec::Raw => Self { compression: Compression::None, bins: 0, ..self },
+            Codec::CacheGen => self,
+            _ => Self { bins: 0, ..self },
+        }
     }
 }
 
@@ -137,8 +253,14 @@ mod tests {
             assert_eq!(codec.to_string().parse(), Ok(codec));
             assert_eq!(Codec::from_wire(codec.wire()), Some(codec));
         }
-        assert_eq!((4..=255).find_map(Codec::from_wire), None);
-        assert_eq!((3..=255).find_map(Quantizer::from_wire), None);
-        assert_eq!("int5".parse::<Codec>(), Err(UnknownCodec("int5".into())));
+        for compression in Compression::ALL {
+            assert_eq!(compression.to_string().parse(), Ok(compression));
+            assert_eq!(Compression::from_wire(compression.wire()), Some(compression));
+        }
+        assert_eq!((7..=255).find_map(Codec::from_wire), None);
+        assert_eq!((4..=255).find_map(Quantizer::from_wire), None);
+        assert_eq!((2..=255).find_map(Compression::from_wire), None);
+        assert_eq!("int6".parse::<Codec>(), Err(UnknownCodec("int6".into())));
+        assert_eq!("gzip".parse::<Compression>(), Err(UnknownCompression("gzip".into())));
     }
 }

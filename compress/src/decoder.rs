@@ -1,15 +1,12 @@
 //! From the encoded bytes of a plane to its elements: checksum, decompression and dequantization in one pass over
 //! scratch that stays in the core's cache.
 
-use zstd_safe::DCtx;
-
-use crate::dequantize::{self, Isa, Job};
+use crate::dequantize::{self, Job};
 use crate::format::PlaneEntry;
-use crate::frame::{self, FrameError};
 use crate::groups::Groups;
-use crate::payload::{Layout, LayoutError, SECTION_LENGTH_BYTES, max_encoded_bytes};
-use crate::quantize::largest_code;
-use crate::{Codec, Dtype, Quantizer, Shape, checksum, lossless};
+use crate::payload::{Codes, Layout, LayoutError, SECTION_LENGTH_BYTES, max_encoded_bytes};
+use crate::section::{FrameError, SectionReader};
+use crate::{Codec, Dtype, OutDtype, Quantizer, Shape, checksum, lossless};
 
 /// Why a plane can't be decoded. Nothing was written to the destination, and the decoder can take the next plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -71,7 +68,13 @@ pub enum DecodeError {
         /// Element type of the plane.
         source_dtype: Dtype,
         /// Element type asked for.
-        out_dtype: Dtype,
+        out_dtype: &'static str,
+    },
+    /// The scale of FP8 elements can't be divided by, or leads beyond every float.
+    #[error("FP8 elements with a scale of {}: it must be positive, finite and not subnormal, and no quotient may overflow", f32::from_bits(*scale_bits))]
+    OutScale {
+        /// Bits of the scale.
+        scale_bits: u32,
     },
     /// A group's codes would stand for elements that are infinite, not numbers, or beyond the largest bfloat16.
     #[error(
@@ -117,10 +120,11 @@ pub struct Decoder {
 
 /// What decoding needs besides the encoded bytes.
 struct Inner {
-    zstd: DCtx<'static>,
-    isa: Isa,
-    /// Decompressed codes, or the two byte planes of a lossless plane.
-    codes: Vec<u8>,
+    sections: SectionReader,
+    /// What sections decompress to: codes, or the two byte planes of a lossless plane.
+    decompressed: Vec<u8>,
+    /// The codes of one head row.
+    row: Vec<u8>,
     /// Scales widened to `f32`.
     scales: Vec<f32>,
     /// Offsets widened to `f32`.
@@ -142,19 +146,21 @@ impl Decoder {
     pub fn new(max_plane_bytes: usize) -> Self {
         // Filled with something other than zero, so that no page is first touched while a plane is waiting.
         let linear = vec![0xff; max_encoded_bytes(max_plane_bytes)];
-        // Scales, offsets and codes take at most the plane's bytes; `int4` leaves three quarters of them to the others.
-        let [scales, offsets] = [(); 2].map(|()| vec![1.0; max_plane_bytes / 16 * 3 + 3]);
-        let codes = vec![0xff; max_plane_bytes];
-        let inner = Inner { zstd: DCtx::create(), isa: Isa::detect(), codes, scales, offsets };
+        // Scales, offsets and codes take at most the plane's bytes; `int3` leaves 13 of 16 to the others. Magnitudes of
+        // tokens are repeated for each head, whose dimensions are at least four.
+        let [scales, offsets] = [(); 2].map(|()| vec![1.0; max_plane_bytes / 64 * 13 + 13]);
+        let decompressed = vec![0xff; max_plane_bytes];
+        let row = vec![0xff; (max_plane_bytes / Dtype::BYTES).min(u16::MAX.into())];
+        let inner = Inner { sections: SectionReader::new(), decompressed, row, scales, offsets };
         Self { max_plane_bytes, linear, linearized: None, inner }
     }
 
     /// Bytes of memory the decoder holds: scratch and zstd context.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
-        let Inner { zstd, codes, scales, offsets, .. } = &self.inner;
+        let Inner { sections, decompressed, row, scales, offsets } = &self.inner;
         let groups = size_of_val(scales.as_slice()) + size_of_val(offsets.as_slice());
-        self.linear.len() + codes.len() + groups + zstd.sizeof()
+        self.linear.len() + decompressed.len() + row.len() + groups + sections.size()
     }
 
     /// Copies the pieces of an encoded plane into one and checks length and CRC32C; [`Decoder::decode_linearized`]
@@ -200,9 +206,10 @@ impl Decoder {
         &mut self,
         shape: &Shape,
         entry: &PlaneEntry,
-        out_dtype: Dtype,
+        out_dtype: impl Into<OutDtype>,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
+        let out_dtype = out_dtype.into();
         if self.linearized != Some((entry.bytes, entry.crc32c)) {
             return Err(DecodeError::NotLinearized { expected_bytes: entry.bytes });
         }
@@ -221,7 +228,7 @@ impl Decoder {
         shape: &Shape,
         entry: &PlaneEntry,
         segments: impl IntoIterator<Item = &'s [u8]>,
-        out_dtype: Dtype,
+        out_dtype: impl Into<OutDtype>,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
         self.linearize_checked(segments, entry)?;
@@ -230,9 +237,9 @@ impl Decoder {
 
     /// Checks and decodes a plane whose encoded bytes lie in one piece.
     ///
-    /// `out` takes [`Shape::plane_bytes`] bytes: `[tokens, kv_heads, head_dim]` row-major, little-endian elements of
-    /// `out_dtype`. The exact codecs deliver `shape.dtype` only; `int8` and `int4` deliver either type, and in `f16`
-    /// what lies beyond its largest finite value becomes that.
+    /// `out` takes [`Shape::elements_per_plane`] elements of `out_dtype`: `[tokens, kv_heads, head_dim]` row-major,
+    /// little-endian. The exact codecs deliver `shape.dtype` only, the others any type; what lies beyond a type's
+    /// largest finite value becomes that.
     ///
     /// # Errors
     /// Whatever is wrong with destination, entry, checksum or payload; nothing is then written to `out`.
@@ -241,9 +248,10 @@ impl Decoder {
         shape: &Shape,
         entry: &PlaneEntry,
         encoded: &[u8],
-        out_dtype: Dtype,
+        out_dtype: impl Into<OutDtype>,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
+        let out_dtype = out_dtype.into();
         let layout = self.check(shape, entry, out_dtype, out)?;
         if u32::try_from(encoded.len()) != Ok(entry.bytes) {
             return Err(DecodeError::Length { got_bytes: encoded.len(), expected_bytes: entry.bytes });
@@ -257,7 +265,7 @@ impl Decoder {
         &self,
         shape: &Shape,
         entry: &PlaneEntry,
-        out_dtype: Dtype,
+        out_dtype: OutDtype,
         out: &[u8],
     ) -> Result<Layout, DecodeError> {
         let plane_bytes = shape.plane_bytes();
@@ -265,13 +273,26 @@ impl Decoder {
             return Err(DecodeError::TooLarge { plane_bytes, max_plane_bytes: self.max_plane_bytes });
         }
         let layout = check_entry(shape, entry)?;
-        if entry.codec.is_exact() && out_dtype != shape.dtype {
-            return Err(DecodeError::OutDtype { codec: entry.codec, source_dtype: shape.dtype, out_dtype });
-        }
-        if out.len() != plane_bytes {
-            return Err(DecodeError::OutBytes { got_bytes: out.len(), expected_bytes: plane_bytes });
+        check_out_dtype(shape, entry.codec, out_dtype)?;
+        let expected_bytes = shape.elements_per_plane() * out_dtype.bytes();
+        if out.len() != expected_bytes {
+            return Err(DecodeError::OutBytes { got_bytes: out.len(), expected_bytes });
         }
         Ok(layout)
+    }
+}
+
+/// Checks that a codec can deliver elements of a type.
+pub(crate) fn check_out_dtype(shape: &Shape, codec: Codec, out_dtype: OutDtype) -> Result<(), DecodeError> {
+    if codec.is_exact() && !out_dtype.is(shape.dtype) {
+        let out_dtype = out_dtype.name();
+        return Err(DecodeError::OutDtype { codec, source_dtype: shape.dtype, out_dtype });
+    }
+    match out_dtype {
+        OutDtype::Fp8E4M3 { scale } if out_dtype.divisor().is_none() => {
+            Err(DecodeError::OutScale { scale_bits: scale.to_bits() })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -301,37 +322,72 @@ impl Inner {
         entry: &PlaneEntry,
         layout: &Layout,
         encoded: &[u8],
-        out_dtype: Dtype,
+        out_dtype: OutDtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
-        let Self { zstd, isa, codes, scales, offsets } = self;
-        match (entry.codec, entry.scale_dtype) {
-            (Codec::Int8 | Codec::Int4, Some(scale_dtype)) => {
-                let (scale_bytes, rest) = encoded.split_at(layout.scale_bytes);
-                let (offset_bytes, section) = rest.split_at(layout.scale_bytes);
-                let groups = Groups { scale_bytes, offset_bytes, dtype: scale_dtype };
-                let pairs = entry.quantizer == Quantizer::PerChannel
-                    && dequantize::in_pairs(entry.codec, shape.head_dim.into());
-                let (scales, offsets) = groups.widen(largest_code(entry.codec), pairs, scales, offsets)?;
-                let codes = frame::read_section(zstd, section, layout.code_bytes, codes)?;
-                let head_dim = usize::from(shape.head_dim);
-                let (codec, quantizer) = (entry.codec, entry.quantizer);
-                dequantize::dequantize(
-                    *isa,
-                    &Job { codes, scales, offsets, head_dim, codec, quantizer, out_dtype },
-                    out,
-                );
+        match (layout.codes, entry.scale_dtype) {
+            (Some(codes), Some(scale_dtype)) => {
+                let parts = QuantizedParts::split(layout, codes, scale_dtype, encoded);
+                return self.decode_quantized(shape, entry, &parts, out_dtype, out);
             }
-            (Codec::Lossless, _) => {
+            _ if entry.codec == Codec::Lossless => {
                 let (high_section, low_section) = lossless_sections(encoded)?;
-                let (high, low) = codes.split_at_mut(layout.code_bytes / 2);
-                let high = frame::read_section(zstd, high_section, layout.code_bytes / 2, high)?;
-                let low = frame::read_section(zstd, low_section, layout.code_bytes / 2, low)?;
+                let half = layout.section_bytes / 2;
+                let (high, low) = self.decompressed.split_at_mut(half);
+                let high = self.sections.read(entry.compression, high_section, half, high)?;
+                let low = self.sections.read(entry.compression, low_section, half, low)?;
                 lossless::join(high, low, out);
             }
             _ => out.copy_from_slice(encoded),
         }
         Ok(())
+    }
+
+    fn decode_quantized(
+        &mut self,
+        shape: &Shape,
+        entry: &PlaneEntry,
+        parts: &QuantizedParts<'_>,
+        out_dtype: OutDtype,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        let Self { sections, decompressed, row, scales, offsets } = self;
+        let divisor = out_dtype.divisor().unwrap_or(1.0);
+        let (scales, offsets) = parts.groups.widen(usize::from(shape.kv_heads), divisor, scales, offsets)?;
+        let section = sections.read(entry.compression, parts.section, parts.section_bytes, decompressed)?;
+        let job = Job {
+            packing: parts.codes.packing,
+            plain: parts.plain,
+            section,
+            scales,
+            offsets,
+            per_channel: entry.quantizer == Quantizer::PerChannel,
+            head_dim: usize::from(shape.head_dim),
+            out_dtype,
+        };
+        dequantize::dequantize(&job, row, out);
+        Ok(())
+    }
+}
+
+/// The parts of a quantized plane's encoded bytes.
+struct QuantizedParts<'a> {
+    groups: Groups<'a>,
+    plain: &'a [u8],
+    section: &'a [u8],
+    /// What the section stands for.
+    section_bytes: usize,
+    codes: Codes,
+}
+
+impl<'a> QuantizedParts<'a> {
+    /// `encoded` has at least the bytes that the layout demands.
+    fn split(layout: &Layout, codes: Codes, dtype: Dtype, encoded: &'a [u8]) -> Self {
+        let (scale_bytes, rest) = encoded.split_at(layout.scale_bytes);
+        let (offset_bytes, rest) = rest.split_at(layout.offset_bytes);
+        let (plain, section) = rest.split_at(layout.plain_bytes);
+        let groups = Groups { scale_bytes, offset_bytes, dtype, largest_code: codes.largest };
+        Self { groups, plain, section, section_bytes: layout.section_bytes, codes }
     }
 }
 

@@ -1,11 +1,13 @@
 //! From the planes of a chunk to its encoded bytes. Runs once per chunk, when a store takes it in.
 
-use zstd_safe::CCtx;
-
 use crate::format::{self, FixedHeader, PlaneEntry, header_bytes};
-use crate::payload::{Layout, LayoutError, SECTION_LENGTH_BYTES};
-use crate::quantize::{self, Ranges, largest_code};
-use crate::{Codec, Dtype, Quantizer, Shape, ShapeError, Side, checksum, frame, lossless, plane_of};
+use crate::payload::{Codes, Layout, LayoutError, SECTION_LENGTH_BYTES};
+use crate::quantize::{self, Ranges};
+use crate::section::{Content, SectionWriter};
+use crate::{
+    Codec, Compression, PlaneCodec, Quantizer, Shape, ShapeError, Side, cachegen, checksum, lossless,
+    plane_of,
+};
 
 /// The zstd level that stores use for codes unless told otherwise; `docs/FORMAT.md` gives the measurement behind it.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 1;
@@ -43,15 +45,15 @@ pub enum EncodeError {
         /// Index of the first such element within the plane.
         element: usize,
     },
-    /// zstd failed: out of memory.
-    #[error("zstd can't compress: {0}")]
-    Zstd(&'static str),
+    /// Compression failed: out of memory.
+    #[error("can't compress: {0}")]
+    Compression(&'static str),
 }
 
-/// Encodes chunks with one codec; reuses its buffers and zstd context from chunk to chunk.
+/// Encodes chunks; reuses its buffers and contexts from chunk to chunk.
 pub struct Encoder {
-    codec: Codec,
-    zstd: Result<CCtx<'static>, &'static str>,
+    codecs: Box<dyn Fn(u16, Side) -> PlaneCodec + Send>,
+    sections: SectionWriter,
     scratch: Scratch,
 }
 
@@ -63,30 +65,44 @@ struct Scratch {
     offsets: Vec<f32>,
     codes: Vec<u8>,
     packed: [Vec<u8>; 2],
-    frame: Vec<u8>,
 }
 
 impl std::fmt::Debug for Encoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Encoder").field("codec", &self.codec).finish_non_exhaustive()
+        f.debug_struct("Encoder").finish_non_exhaustive()
     }
 }
 
 impl Encoder {
-    /// An encoder for `codec`, compressing codes with zstd at `zstd_level` ([`DEFAULT_ZSTD_LEVEL`]; zstd takes
-    /// -131072 to 22 and moves others to the nearest of these). `lossless` is compressed at zstd's lowest level, whose
-    /// entropy coding alone makes it both smaller and faster than any other; `raw` is not compressed.
+    /// An encoder of chunks all of whose planes have one codec, compressing codes with zstd at `zstd_level`
+    /// ([`DEFAULT_ZSTD_LEVEL`]; zstd takes -131072 to 22 and moves others to the nearest of these). `lossless` is
+    /// compressed at zstd's lowest level, whose entropy coding alone makes it both smaller and faster than any other.
     #[must_use]
-    pub fn new(codec: Codec, zstd_level: i32) -> Self {
-        // Matches in the bytes of floats cost more bits than they save, and most of the time of decoding.
-        let level = if codec == Codec::Lossless { zstd_safe::min_c_level() } else { zstd_level };
-        Self { codec, zstd: frame::compression_context(level), scratch: Scratch::default() }
+    pub fn new(codec: impl Into<PlaneCodec>, zstd_level: i32) -> Self {
+        let codec = codec.into();
+        Self::mixed(move |_, _| codec, zstd_level)
     }
 
-    /// The codec of the chunks that this encoder writes.
+    /// An encoder of chunks whose planes have each their own codec: `codecs(layer, side)`.
+    ///
+    /// ```
+    /// # use compress::{Codec, Compression, Encoder, PlaneCodec, Side};
+    /// let encoder = Encoder::mixed(
+    ///     |layer, side| match (layer, side) {
+    ///         (0..2, _) => Codec::Int8.into(),
+    ///         (_, Side::K) => Codec::Int4.into(),
+    ///         (_, Side::V) => PlaneCodec { compression: Compression::None, ..Codec::Int4.into() },
+    ///     },
+    ///     compress::DEFAULT_ZSTD_LEVEL,
+    /// );
+    /// ```
     #[must_use]
-    pub fn codec(&self) -> Codec {
-        self.codec
+    pub fn mixed(codecs: impl Fn(u16, Side) -> PlaneCodec + Send + 'static, zstd_level: i32) -> Self {
+        Self {
+            codecs: Box::new(codecs),
+            sections: SectionWriter::new(zstd_level),
+            scratch: Scratch::default(),
+        }
     }
 
     /// Replaces the content of `out` by the encoded chunk of these planes.
@@ -95,8 +111,8 @@ impl Encoder {
     /// elements of `shape.dtype`.
     ///
     /// # Errors
-    /// A shape beyond the limits or one that the codec can't hold, a plane of the wrong size, and, for `int8` and
-    /// `int4`, an element that is not finite. `out` is then empty.
+    /// A shape beyond the limits or one that the codec can't hold, a plane of the wrong size, and, for the
+    /// quantizing codecs, an element that is not finite. `out` is then empty.
     pub fn encode_chunk<'p>(
         &mut self,
         key: &[u8; 32],
@@ -142,24 +158,31 @@ impl Encoder {
         if got_bytes != expected_bytes {
             return Err(EncodeError::PlaneBytes { layer, side, got_bytes, expected_bytes });
         }
-        let codec = self.codec;
+        let plane_codec = (self.codecs)(layer, side).normalized();
+        let PlaneCodec { codec, compression, bins } = plane_codec;
         let quantizer = Quantizer::choose(codec, shape, side);
         // Refuses, among others, a head dimension that can't be packed.
-        Layout::new(shape, codec, quantizer)?;
+        let layout = Layout::new(shape, plane_codec, quantizer)?;
         let offset = out.len();
-        let scale_dtype = match codec {
-            Codec::Raw => {
+        let scale_dtype = match layout.codes {
+            None if codec == Codec::Lossless => {
+                self.write_lossless(compression, plane, out)?;
+                None
+            }
+            None => {
                 out.extend_from_slice(plane);
                 None
             }
-            Codec::Lossless => {
-                self.write_lossless(plane, out)?;
-                None
-            }
-            Codec::Int8 | Codec::Int4 => {
+            Some(codes) => {
                 quantize::widen(plane, shape.dtype, &mut self.scratch.values)
                     .map_err(|element| EncodeError::NotFinite { layer, side, element })?;
-                Some(self.write_quantized(shape, quantizer, out)?)
+                match quantizer {
+                    Quantizer::PerToken => self.quantize_tokens(shape, bins, out),
+                    _ => self.quantize_groups(shape, quantizer, codes.largest, out),
+                }
+                self.write_codes(shape, codes, compression, out)?;
+                // Offsets and magnitudes are elements, so in the elements' own type they are exact.
+                Some(shape.dtype)
             }
         };
         let encoded = &out[offset..];
@@ -172,35 +195,36 @@ impl Encoder {
             codec,
             quantizer,
             scale_dtype,
+            compression,
+            bins,
         })
     }
 
-    fn write_lossless(&mut self, plane: &[u8], out: &mut Vec<u8>) -> Result<(), EncodeError> {
-        let zstd = self.zstd.as_mut().map_err(|name| EncodeError::Zstd(name))?;
-        let Scratch { packed: [high, low], frame, .. } = &mut self.scratch;
+    fn write_lossless(
+        &mut self,
+        compression: Compression,
+        plane: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), EncodeError> {
+        let Self { sections, scratch: Scratch { packed: [high, low], .. }, .. } = self;
         high.clear();
         low.clear();
         lossless::split(plane, high, low);
         let start = out.len();
         out.extend_from_slice(&[0; SECTION_LENGTH_BYTES]);
-        frame::write_section(zstd, frame, high, out).map_err(EncodeError::Zstd)?;
+        let mut write = |bytes: &[u8], out: &mut Vec<u8>| {
+            sections.write(compression, Content::FloatBytes, bytes, out).map_err(EncodeError::Compression)
+        };
+        write(high, out)?;
         let section_bytes =
             u32::try_from(out.len() - start - SECTION_LENGTH_BYTES).expect("at most half a plane");
         out[start..start + SECTION_LENGTH_BYTES].copy_from_slice(&section_bytes.to_le_bytes());
-        frame::write_section(zstd, frame, low, out).map_err(EncodeError::Zstd)
+        write(low, out)
     }
 
-    /// Writes scales, offsets and codes of the plane in `scratch.values`; returns the type of scales and offsets.
-    fn write_quantized(
-        &mut self,
-        shape: &Shape,
-        quantizer: Quantizer,
-        out: &mut Vec<u8>,
-    ) -> Result<Dtype, EncodeError> {
-        let zstd = self.zstd.as_mut().map_err(|name| EncodeError::Zstd(name))?;
-        let Scratch { values, ranges, scales, offsets, codes, packed: [packed, _], frame } =
-            &mut self.scratch;
-        // Offsets are elements, so in the elements' own type they are exact.
+    /// Writes scales and offsets of the plane in `scratch.values`, and leaves its codes in `scratch.codes`.
+    fn quantize_groups(&mut self, shape: &Shape, quantizer: Quantizer, largest_code: u8, out: &mut Vec<u8>) {
+        let Scratch { values, ranges, scales, offsets, codes, .. } = &mut self.scratch;
         let dtype = shape.dtype;
         ranges.measure(values, shape, quantizer);
         scales.clear();
@@ -212,21 +236,37 @@ impl Encoder {
         for ((&smallest, &largest), (scale_bytes, offset_bytes)) in
             ranges.smallest.iter().zip(&ranges.largest).zip(bytes)
         {
-            let (scale, offset) = quantize::scale_and_offset(smallest, largest, self.codec, dtype);
+            let (scale, offset) = quantize::scale_and_offset(smallest, largest, largest_code, dtype);
             scale_bytes.copy_from_slice(&scale.to_le_bytes());
             offset_bytes.copy_from_slice(&offset.to_le_bytes());
             scales.push(dtype.widen(scale));
             offsets.push(dtype.widen(offset));
         }
-        quantize::quantize(values, scales, offsets, shape, quantizer, largest_code(self.codec), codes);
-        let codes = if self.codec == Codec::Int4 {
-            packed.clear();
-            quantize::pack_int4(codes, usize::from(shape.head_dim), packed);
-            packed
-        } else {
-            codes
-        };
-        frame::write_section(zstd, frame, codes, out).map_err(EncodeError::Zstd)?;
-        Ok(dtype)
+        quantize::quantize(values, scales, offsets, shape, quantizer, largest_code, codes);
+    }
+
+    /// Writes the largest magnitude of each token of the plane in `scratch.values`, and leaves its codes in
+    /// `scratch.codes`.
+    fn quantize_tokens(&mut self, shape: &Shape, bins: u8, out: &mut Vec<u8>) {
+        let Scratch { values, codes, .. } = &mut self.scratch;
+        codes.clear();
+        for token in values.chunks_exact(shape.channels()) {
+            let magnitude = cachegen::quantize_token(token, bins, shape.dtype, codes);
+            out.extend_from_slice(&magnitude.to_le_bytes());
+        }
+    }
+
+    /// Packs the codes in `scratch.codes`, and writes their plain part and their section.
+    fn write_codes(
+        &mut self,
+        shape: &Shape,
+        codes: Codes,
+        compression: Compression,
+        out: &mut Vec<u8>,
+    ) -> Result<(), EncodeError> {
+        let Self { sections, scratch: Scratch { codes: unpacked, packed: [section, _], .. }, .. } = self;
+        section.clear();
+        codes.packing.pack(unpacked, usize::from(shape.head_dim), out, section);
+        sections.write(compression, Content::Codes, section, out).map_err(EncodeError::Compression)
     }
 }

@@ -5,12 +5,12 @@ use std::ops::Range;
 use serde::Serialize;
 
 use crate::payload::{Layout, LayoutError};
-use crate::{Codec, Dtype, MAX_PLANES, Quantizer, Shape, ShapeError, checksum};
+use crate::{Codec, Compression, Dtype, MAX_PLANES, PlaneCodec, Quantizer, Shape, ShapeError, checksum};
 
 /// First bytes of every encoded chunk.
 pub const MAGIC: [u8; 8] = *b"SHDWKV\r\n";
 /// The only version of the format there is.
-pub const FORMAT_VERSION: u16 = 1;
+pub const FORMAT_VERSION: u16 = 2;
 /// Bytes in front of the table of planes.
 pub const FIXED_HEADER_BYTES: usize = 96;
 /// Bytes of one entry of the table.
@@ -56,6 +56,10 @@ pub struct PlaneEntry {
     pub quantizer: Quantizer,
     /// Element type of the scales; `None` for the exact codecs.
     pub scale_dtype: Option<Dtype>,
+    /// How sections are compressed.
+    pub compression: Compression,
+    /// Bins of `cachegen`; 0 for the other codecs.
+    pub bins: u8,
 }
 
 /// Why bytes are not the header of an encoded chunk.
@@ -269,7 +273,9 @@ pub(crate) fn read_entry(plane: usize, entry: &[u8], shape: &Shape) -> Result<Pl
         0 => None,
         number => Some(Dtype::from_wire(number).ok_or(unknown("scale type", number))?),
     };
-    if entry[19..ENTRY_BYTES].iter().any(|&byte| byte != 0) {
+    let compression = Compression::from_wire(entry[19]).ok_or(unknown("compression", entry[19]))?;
+    let bins = entry[20];
+    if entry[21..ENTRY_BYTES].iter().any(|&byte| byte != 0) {
         return Err(FormatError::Reserved);
     }
     let bytes = u32_at(entry, 8..12);
@@ -280,6 +286,8 @@ pub(crate) fn read_entry(plane: usize, entry: &[u8], shape: &Shape) -> Result<Pl
         codec,
         quantizer,
         scale_dtype,
+        compression,
+        bins,
     };
     let layout = entry.layout(shape).map_err(|source| FormatError::Layout { plane, source })?;
     let (min_bytes, max_bytes) = (layout.min_bytes, layout.max_bytes);
@@ -297,7 +305,11 @@ impl PlaneEntry {
         if present == self.codec.is_exact() {
             return Err(LayoutError::ScaleDtype { codec: self.codec, present });
         }
-        Layout::new(shape, self.codec, self.quantizer)
+        if self.bins != 0 && self.codec != Codec::CacheGen {
+            return Err(LayoutError::Bins { codec: self.codec, bins: self.bins });
+        }
+        let &Self { codec, compression, bins, .. } = self;
+        Layout::new(shape, PlaneCodec { codec, compression, bins }, self.quantizer)
     }
 
     /// The entry as it stands in a table.
@@ -308,7 +320,9 @@ impl PlaneEntry {
         out[16] = self.codec.wire();
         out[17] = self.quantizer.wire();
         out[18] = self.scale_dtype.map_or(0, Dtype::wire);
-        out[19..ENTRY_BYTES].fill(0);
+        out[19] = self.compression.wire();
+        out[20] = self.bins;
+        out[21..ENTRY_BYTES].fill(0);
     }
 }
 

@@ -11,6 +11,7 @@
 //!
 //! Arrows: nothing here knows of sockets, packets or DPDK.
 
+mod cachegen;
 mod checksum;
 mod codec;
 mod decoder;
@@ -18,29 +19,28 @@ mod dequantize;
 mod dtype;
 mod encoder;
 mod format;
-mod frame;
 mod groups;
-#[cfg(target_arch = "x86_64")]
-mod lookup;
 mod lossless;
+mod packing;
 mod payload;
 mod quantize;
 pub mod reference;
+mod section;
 mod shape;
 mod view;
 
 pub use checksum::crc32c;
-pub use codec::{Codec, Quantizer, UnknownCodec};
+pub use codec::{Codec, Compression, DEFAULT_BINS, PlaneCodec, Quantizer, UnknownCodec, UnknownCompression};
 pub use decoder::{DecodeError, Decoder};
-pub use dtype::Dtype;
+pub use dtype::{Dtype, OutDtype};
 pub use encoder::{DEFAULT_ZSTD_LEVEL, EncodeError, Encoder};
 pub use format::{
     ENTRY_BYTES, FIXED_HEADER_BYTES, FORMAT_VERSION, FormatError, MAGIC, MAX_CHUNK_BYTES, MAX_HEADER_BYTES,
     PlaneEntry, header_bytes,
 };
-pub use frame::FrameError;
 pub use payload::{LayoutError, max_encoded_bytes};
 pub use reference::reference_decode;
+pub use section::FrameError;
 pub use shape::{
     CHUNK_TOKENS, MAX_LAYERS, MAX_PLANE_BYTES, MAX_PLANES, MIN_QUANTIZED_HEAD_DIM, Shape, ShapeError, Side,
     plane_index, plane_of,

@@ -5,15 +5,7 @@
 //! arithmetic is IEEE, so every machine writes the same bytes.
 
 use crate::dtype::{self, Dtype};
-use crate::{Codec, Quantizer, Shape};
-
-/// Largest code: 255 for `int8`, 15 for `int4`; the smallest is 0.
-pub(crate) const fn largest_code(codec: Codec) -> u8 {
-    match codec {
-        Codec::Int4 => 15,
-        _ => 255,
-    }
-}
+use crate::{Quantizer, Shape};
 
 /// Smallest and largest element of every group that shares a scale.
 #[derive(Debug, Default)]
@@ -76,8 +68,8 @@ impl Ranges {
 /// The offset is exact. The scale is rounded up, so that every element is within half a scale of what its code stands
 /// for. Only where the largest code would then stand for more than the largest finite bfloat16 is the scale lowered,
 /// and the elements at that end are cut to what the largest code stands for.
-pub(crate) fn scale_and_offset(smallest: f32, largest: f32, codec: Codec, dtype: Dtype) -> (u16, u16) {
-    let codes = f32::from(largest_code(codec));
+pub(crate) fn scale_and_offset(smallest: f32, largest: f32, largest_code: u8, dtype: Dtype) -> (u16, u16) {
+    let codes = f32::from(largest_code);
     let span = (f64::from(largest) - f64::from(smallest)) / f64::from(codes);
     #[expect(clippy::cast_possible_truncation, reason = "rounding to nearest; the next line rounds up")]
     let nearest = dtype.narrow(span as f32);
@@ -124,14 +116,5 @@ pub(crate) fn quantize(
             codes
                 .extend(elements.map(|(&value, (&scale, &offset))| code(value, scale, offset, largest_code)));
         }
-    }
-}
-
-/// Appends the bytes of `int4` codes: within a head row, byte `j` holds dimension `j` in its low and dimension
-/// `j + head_dim / 2` in its high four bits. `head_dim` is even.
-pub(crate) fn pack_int4(codes: &[u8], head_dim: usize, packed: &mut Vec<u8>) {
-    for row in codes.chunks_exact(head_dim) {
-        let (low, high) = row.split_at(head_dim / 2);
-        packed.extend(low.iter().zip(high).map(|(low, high)| low | (high << 4)));
     }
 }

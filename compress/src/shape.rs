@@ -12,7 +12,7 @@ pub const MAX_LAYERS: usize = 512;
 pub const MAX_PLANES: usize = 2 * MAX_LAYERS;
 /// Largest decoded plane, bytes.
 pub const MAX_PLANE_BYTES: usize = 16 << 20;
-/// Smallest head dimension that `int8` and `int4` take: below it, scales outweigh what codes save.
+/// Smallest head dimension that the quantizing codecs take: below it, scales outweigh what codes save.
 pub const MIN_QUANTIZED_HEAD_DIM: u16 = 4;
 /// Fewest tokens for which the encoder lets a channel of K share a scale; see [`Quantizer::choose`].
 const MIN_PER_CHANNEL_TOKENS: u16 = 16;
@@ -121,7 +121,7 @@ impl Shape {
         self.head_rows() * usize::from(self.head_dim)
     }
 
-    /// Bytes of one decoded plane, in either element type.
+    /// Bytes of one plane in its own element type, or in any other of 16 bits.
     #[must_use]
     pub fn plane_bytes(&self) -> usize {
         self.elements_per_plane() * Dtype::BYTES
@@ -149,10 +149,13 @@ impl Quantizer {
     pub fn choose(codec: Codec, shape: &Shape, side: Side) -> Self {
         match (codec, side) {
             (Codec::Raw | Codec::Lossless, _) => Self::None,
-            (Codec::Int8 | Codec::Int4, Side::K) if shape.tokens >= MIN_PER_CHANNEL_TOKENS => {
+            (Codec::CacheGen, _) => Self::PerToken,
+            (Codec::Int8 | Codec::Int5 | Codec::Int4 | Codec::Int3, Side::K)
+                if shape.tokens >= MIN_PER_CHANNEL_TOKENS =>
+            {
                 Self::PerChannel
             }
-            (Codec::Int8 | Codec::Int4, _) => Self::PerTokenAndHead,
+            (Codec::Int8 | Codec::Int5 | Codec::Int4 | Codec::Int3, _) => Self::PerTokenAndHead,
         }
     }
 }

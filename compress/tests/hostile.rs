@@ -1,8 +1,9 @@
 //! What a damaged or hostile chunk does: a named error, no panic, and not a byte written.
 
 use compress::{
-    ChunkHeader, ChunkView, Codec, DecodeError, Decoder, Dtype, EncodeError, Encoder, FormatError,
-    FrameError, LayoutError, PlaneEntry, Quantizer, Shape, ShapeError, Side, crc32c, plane_index, reference,
+    ChunkHeader, ChunkView, Codec, Compression, DecodeError, Decoder, Dtype, EncodeError, Encoder,
+    FormatError, FrameError, LayoutError, OutDtype, PlaneCodec, PlaneEntry, Quantizer, Shape, ShapeError,
+    Side, crc32c, plane_index, reference,
 };
 use proptest::prelude::*;
 
@@ -96,7 +97,7 @@ fn a_header_with_any_bit_flipped_is_refused() {
 fn forged_fixed_fields_are_named() {
     let parse = |at: usize, bytes: &[u8]| forged(|chunk| chunk[at..at + bytes.len()].copy_from_slice(bytes));
     assert_eq!(parse(0, b"NOTACHUN"), Err(FormatError::Magic(*b"NOTACHUN")));
-    assert_eq!(parse(8, &[2, 0]), Err(FormatError::Version(2)));
+    assert_eq!(parse(8, &[1, 0]), Err(FormatError::Version(1)));
     assert_eq!(parse(10, &[23, 0]), Err(FormatError::Size { field: "entry_bytes", got: 23, expected: 24 }));
     assert_eq!(
         parse(12, &[0xff; 4]),
@@ -158,14 +159,24 @@ fn forged_entries_are_named() {
         );
     }
     let unknown = |field, got| Err(FormatError::Entry { plane, field, got });
-    assert_eq!(parse(16, &[4]), unknown("codec", 4));
-    assert_eq!(parse(17, &[3]), unknown("quantizer", 3));
+    assert_eq!(parse(16, &[7]), unknown("codec", 7));
+    assert_eq!(parse(17, &[4]), unknown("quantizer", 4));
     assert_eq!(parse(18, &[9]), unknown("scale type", 9));
+    assert_eq!(parse(19, &[99]), unknown("compression", 99));
     let layout = |source| Err(FormatError::Layout { plane, source });
     assert_eq!(parse(18, &[0]), layout(LayoutError::ScaleDtype { codec: Codec::Int4, present: false }));
     assert_eq!(parse(16, &[0]), layout(LayoutError::ScaleDtype { codec: Codec::Raw, present: true }));
     let (codec, quantizer) = (Codec::Int4, Quantizer::None);
     assert_eq!(parse(17, &[0]), layout(LayoutError::Quantizer { codec, quantizer }));
+    let quantizer = Quantizer::PerToken;
+    assert_eq!(parse(17, &[3]), layout(LayoutError::Quantizer { codec, quantizer }));
+    assert_eq!(parse(20, &[16]), layout(LayoutError::Bins { codec, bins: 16 }));
+    let (codec, compression) = (Codec::Raw, Compression::Zstd);
+    assert_eq!(parse(16, &[0, 0, 0]), layout(LayoutError::Compression { codec, compression }));
+    for bins in [0, 2, 31, 255] {
+        let codec = Codec::CacheGen;
+        assert_eq!(parse(16, &[6, 3, 1, 1, bins]), layout(LayoutError::Bins { codec, bins }));
+    }
     assert_eq!(parse(23, &[1]), Err(FormatError::Reserved));
 }
 
@@ -180,6 +191,8 @@ fn scales_that_outgrow_the_plane_are_refused() {
         codec: Codec::Int4,
         quantizer: Quantizer::PerChannel,
         scale_dtype: Some(Dtype::F16),
+        compression: Compression::Zstd,
+        bins: 0,
     };
     assert_eq!(
         decode(&shape, &entry, &[0; 100]),
@@ -281,7 +294,7 @@ fn lossless_sections_must_fit() {
 
 #[test]
 fn scales_and_offsets_that_give_no_finite_element_are_refused() {
-    for codec in [Codec::Int8, Codec::Int4] {
+    for codec in [Codec::Int8, Codec::Int5, Codec::Int4, Codec::Int3] {
         let (scale, offset) = (2 * 3, 2 * SHAPE.channels() + 2 * 3);
         let scales = [0x7fc0_u16, 0x7f80, 0xff80, 0x7f7f, 0x7c00].map(|bits| (scale, bits));
         let offsets = [0x7f80, 0xff80, 0xffff].map(|bits| (offset, bits));
@@ -292,8 +305,8 @@ fn scales_and_offsets_that_give_no_finite_element_are_refused() {
             let got = decode(&SHAPE, &entry, &encoded);
             let expected = reference::decode_plane(&SHAPE, &entry, &encoded, Dtype::Bf16);
             assert_eq!(got, expected, "{codec} {at} {bits:04x}");
-            // 2^121 times 15 is a bfloat16, times 255 it is not.
-            if !(codec == Codec::Int4 && bits == 0x7c00) {
+            // 2^121 times 31 is a bfloat16, times 255 it is not.
+            if codec == Codec::Int8 || bits != 0x7c00 {
                 assert!(
                     matches!(got, Err(DecodeError::Scale { group: 3, .. })),
                     "{codec} {at} {bits:04x}: {got:?}"
@@ -313,13 +326,45 @@ fn wrong_destinations_are_refused() {
         let error = DecodeError::OutBytes { got_bytes, expected_bytes: plane_bytes };
         assert_eq!(decoder.decode(&SHAPE, &entry, &encoded, Dtype::Bf16, &mut out[..got_bytes]), Err(error));
     }
-    let error = DecodeError::OutDtype { codec: Codec::Raw, source_dtype: Dtype::Bf16, out_dtype: Dtype::F16 };
+    let error = DecodeError::OutDtype { codec: Codec::Raw, source_dtype: Dtype::Bf16, out_dtype: "f16" };
     assert_eq!(decoder.decode(&SHAPE, &entry, &encoded, Dtype::F16, &mut out[..plane_bytes]), Err(error));
     let mut small = Decoder::new(plane_bytes - 2);
     let error = DecodeError::TooLarge { plane_bytes, max_plane_bytes: plane_bytes - 2 };
     assert_eq!(small.decode(&SHAPE, &entry, &encoded, Dtype::Bf16, &mut out[..plane_bytes]), Err(error));
     assert!(small.linearize_checked([], &PlaneEntry { bytes: u32::MAX, ..entry }).is_err());
     assert!(out.iter().all(|&byte| byte == CANARY));
+}
+
+#[test]
+fn scales_of_fp8_that_cannot_be_divided_by_are_refused() {
+    for codec in [Codec::Int4, Codec::CacheGen] {
+        let (entry, encoded) = first_plane(codec);
+        let mut decoder = Decoder::new(SHAPE.plane_bytes());
+        let mut out = vec![CANARY; SHAPE.elements_per_plane()];
+        for scale in [0.0, -1.0, f32::INFINITY, f32::NAN, f32::MIN_POSITIVE / 2.0] {
+            let out_dtype = OutDtype::Fp8E4M3 { scale };
+            let error = DecodeError::OutScale { scale_bits: scale.to_bits() };
+            assert_eq!(decoder.decode(&SHAPE, &entry, &encoded, out_dtype, &mut out), Err(error));
+            assert_eq!(reference::decode_plane(&SHAPE, &entry, &encoded, out_dtype), Err(error));
+        }
+        assert!(out.iter().all(|&byte| byte == CANARY));
+        let out_dtype = OutDtype::Fp8E4M3 { scale: 0.5 };
+        assert_eq!(decoder.decode(&SHAPE, &entry, &encoded, out_dtype, &mut out), Ok(()));
+    }
+}
+
+#[test]
+fn a_plane_without_compression_has_one_length() {
+    let plane_codec = PlaneCodec { compression: Compression::None, ..Codec::Int4.into() };
+    let (plane, mut chunk) = (plane(), Vec::new());
+    Encoder::new(plane_codec, 1).encode_chunk(&[9; 32], &SHAPE, |_, _| &plane, &mut chunk).unwrap();
+    let entry = ChunkHeader::parse(&chunk).unwrap().planes[0];
+    assert_eq!(entry.bytes, 4 * 32 + 512);
+    for bytes in [entry.bytes - 1, entry.bytes + 1] {
+        let shorter = PlaneEntry { bytes, ..entry };
+        let refused = decode(&SHAPE, &shorter, &vec![0; usize::try_from(bytes).unwrap()]);
+        assert!(matches!(refused, Err(DecodeError::EncodedBytes { min_bytes: 640, max_bytes: 640, .. })));
+    }
 }
 
 #[test]
@@ -351,7 +396,7 @@ fn planes_that_cannot_be_encoded_are_named() {
         assert!(result.is_ok() || out.is_empty(), "something was left behind");
         result
     };
-    for codec in [Codec::Int8, Codec::Int4] {
+    for codec in [Codec::Int8, Codec::Int5, Codec::Int4, Codec::Int3, Codec::CacheGen] {
         for bits in [0x7f80_u16, 0xff80, 0x7fc0, 0xffff, 0x7f81] {
             let mut bad = good.clone();
             bad[200..202].copy_from_slice(&bits.to_le_bytes());
@@ -367,9 +412,13 @@ fn planes_that_cannot_be_encoded_are_named() {
     let error = EncodeError::PlaneBytes { layer: 0, side: Side::K, got_bytes: 2047, expected_bytes: 2048 };
     assert_eq!(encode(Codec::Raw, &SHAPE, &good[..2047], 0), Err(error));
     let odd = Shape { kv_heads: 32, head_dim: 1, ..SHAPE };
-    assert_eq!(encode(Codec::Int4, &odd, &good, 9), Err(LayoutError::OddHeadDim(1).into()));
-    let error = LayoutError::SmallHeadDim { codec: Codec::Int8, head_dim: 1 };
-    assert_eq!(encode(Codec::Int8, &odd, &good, 9), Err(error.into()));
+    for (codec, multiple) in [(Codec::Int8, 2), (Codec::Int5, 8), (Codec::Int4, 2), (Codec::Int3, 8)] {
+        let error = LayoutError::HeadDimMultiple { codec, multiple, head_dim: 1 };
+        assert_eq!(encode(codec, &odd, &good, 9), Err(error.into()));
+    }
+    let small = Shape { kv_heads: 16, head_dim: 2, ..SHAPE };
+    let error = LayoutError::SmallHeadDim { codec: Codec::Int8, head_dim: 2 };
+    assert_eq!(encode(Codec::Int8, &small, &good, 9), Err(error.into()));
     assert_eq!(encode(Codec::Lossless, &odd, &good, 9), Ok(()));
     let long = Shape { tokens: 300, ..SHAPE };
     assert_eq!(encode(Codec::Raw, &long, &good, 9), Err(ShapeError::Tokens(300).into()));

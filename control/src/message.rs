@@ -24,13 +24,23 @@ pub enum Codec {
     Raw,
     /// Bytes split by significance, then zstd: bit for bit.
     Lossless,
-    /// 8-bit quantization, then zstd.
+    /// 8-bit quantization, then compression.
     Int8,
-    /// 4-bit quantization, then zstd.
+    /// 4-bit quantization, then compression.
     Int4,
+    /// 5-bit quantization, then compression.
+    Int5,
+    /// 3-bit quantization, then compression.
+    Int3,
+    /// CacheGen's quantization, then compression.
+    CacheGen,
 }
 
 impl Codec {
+    /// Every codec.
+    pub const ALL: [Self; 7] =
+        [Self::Raw, Self::Lossless, Self::Int8, Self::Int4, Self::Int5, Self::Int3, Self::CacheGen];
+
     /// The name that flags and documents use.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -39,6 +49,9 @@ impl Codec {
             Self::Lossless => "lossless",
             Self::Int8 => "int8",
             Self::Int4 => "int4",
+            Self::Int5 => "int5",
+            Self::Int3 => "int3",
+            Self::CacheGen => "cachegen",
         }
     }
 }
@@ -51,17 +64,14 @@ impl std::fmt::Display for Codec {
 
 /// The text names no codec.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is no codec {0:?}: use raw, lossless, int8 or int4")]
+#[error("there is no codec {0:?}: use raw, lossless, int8, int5, int4, int3 or cachegen")]
 pub struct UnknownCodec(pub String);
 
 impl std::str::FromStr for Codec {
     type Err = UnknownCodec;
 
     fn from_str(text: &str) -> Result<Self, UnknownCodec> {
-        [Self::Raw, Self::Lossless, Self::Int8, Self::Int4]
-            .into_iter()
-            .find(|codec| codec.name() == text)
-            .ok_or_else(|| UnknownCodec(text.to_owned()))
+        Self::ALL.into_iter().find(|codec| codec.name() == text).ok_or_else(|| UnknownCodec(text.to_owned()))
     }
 }
 

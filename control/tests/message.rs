@@ -258,7 +258,7 @@ fn long_texts_are_cut_between_characters() {
 
 #[test]
 fn codecs_have_names() {
-    for codec in [Codec::Raw, Codec::Lossless, Codec::Int8, Codec::Int4] {
+    for codec in Codec::ALL {
         assert_eq!(codec.to_string().parse(), Ok(codec));
     }
     assert!("deflate".parse::<Codec>().unwrap_err().to_string().contains("int4"));

@@ -468,7 +468,10 @@ fn looked_up(id: u64, found: u32, encoded_bytes: u64, last: Option<protocol::Chu
         compress::Codec::Raw => control::Codec::Raw,
         compress::Codec::Lossless => control::Codec::Lossless,
         compress::Codec::Int8 => control::Codec::Int8,
+        compress::Codec::Int5 => control::Codec::Int5,
         compress::Codec::Int4 => control::Codec::Int4,
+        compress::Codec::Int3 => control::Codec::Int3,
+        compress::Codec::CacheGen => control::Codec::CacheGen,
     });
     let (Some(dtype), Some(codec)) = (dtype, codec) else {
         let message =

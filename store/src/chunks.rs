@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use compress::{ChunkHeader, Codec, EncodeError, Encoder, Side};
+use compress::{ChunkHeader, EncodeError, Encoder, PlaneCodec, Side};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageChoice, PageSize, Slot, Slots, SlotsError};
 use protocol::key::{Key, Namespace, chain};
 use protocol::{ChunkInfo, ChunkSource};
@@ -57,7 +57,7 @@ pub struct LoadConfig {
     /// What the keys are derived from, beside the tokens.
     pub namespace: Namespace,
     /// How planes are encoded.
-    pub codec: Codec,
+    pub codec: PlaneCodec,
     /// zstd level.
     pub level: i32,
     /// Most bytes that the encoded chunks may take.

@@ -20,8 +20,14 @@ pub(crate) fn sections<'a>(shape: &Shape, entry: &PlaneEntry, encoded: &'a [u8])
             let (high, low) = encoded[4..].split_at(usize::try_from(high).expect("a section in memory"));
             vec![(high, elements), (low, elements)]
         }
-        Codec::Int8 => vec![(&encoded[groups * 4..], elements)],
+        Codec::Int8 => vec![(&encoded[groups * 4 + elements / 2..], elements / 2)],
+        Codec::Int5 => vec![(&encoded[groups * 4 + elements / 8..], elements / 2)],
         Codec::Int4 => vec![(&encoded[groups * 4..], elements / 2)],
+        Codec::Int3 => vec![(&encoded[groups * 4 + elements / 8..], elements / 4)],
+        Codec::CacheGen => {
+            let plain = if entry.bins > 16 { elements / 8 } else { 0 };
+            vec![(&encoded[usize::from(shape.tokens) * 2 + plain..], elements / 2)]
+        }
     }
 }
 

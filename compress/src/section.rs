@@ -1,0 +1,203 @@
+//! A section: bytes compressed without loss, or stored where that would not be smaller.
+//!
+//! The reader knows how many bytes a section decompresses to. A section of that very length is stored; a shorter one
+//! is what the plane's compression made of it. Nothing else says which: what isn't shorter is never written.
+//!
+//! A further compression is one more arm in [`SectionWriter::write`] and in [`SectionReader::read`].
+
+use zstd_safe::{CCtx, CParameter, DCtx, ErrorCode, ParamSwitch};
+
+use crate::Compression;
+
+/// First bytes of a zstd frame, RFC 8878.
+const FRAME_MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
+
+/// Why a section can't be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// The section is longer than what it would decompress to.
+    #[error("a section of {got_bytes} bytes for {expected_bytes} bytes: it should be stored")]
+    Outgrown {
+        /// Bytes of the section.
+        got_bytes: usize,
+        /// Bytes that it must give.
+        expected_bytes: usize,
+    },
+    /// A section of a plane without compression has another length than its content.
+    #[error("an uncompressed section of {got_bytes} bytes, it must have {expected_bytes}")]
+    Uncompressed {
+        /// Bytes of the section.
+        got_bytes: usize,
+        /// Bytes that it must have.
+        expected_bytes: usize,
+    },
+    /// The section doesn't start with the magic number of a zstd frame.
+    #[error("a section is no zstd frame")]
+    Magic,
+    /// The frame says that it holds another number of bytes, or doesn't say how many.
+    #[error("a zstd frame says it holds {got_bytes:?} bytes, it must hold {expected_bytes}")]
+    ContentSize {
+        /// What the frame says; `None` if it doesn't.
+        got_bytes: Option<u64>,
+        /// Bytes that it must give.
+        expected_bytes: usize,
+    },
+    /// The frame ends before the section does.
+    #[error("a zstd frame of {frame_bytes} bytes in a section of {section_bytes}")]
+    Trailing {
+        /// Bytes of the frame.
+        frame_bytes: usize,
+        /// Bytes of the section.
+        section_bytes: usize,
+    },
+    /// zstd refuses the frame.
+    #[error("zstd can't decompress a frame: {0}")]
+    Zstd(&'static str),
+}
+
+fn zstd_error(code: ErrorCode) -> FrameError {
+    FrameError::Zstd(zstd_safe::get_error_name(code))
+}
+
+/// What is compressed: each compression chooses its level by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Packed codes: skew and hardly any repeats.
+    Codes,
+    /// High or low bytes of floats: matches cost more bits than they save, and most of the time of decoding.
+    FloatBytes,
+}
+
+/// Writes sections; reuses its context and buffer.
+pub(crate) struct SectionWriter {
+    zstd: Result<CCtx<'static>, &'static str>,
+    zstd_level: i32,
+    scratch: Vec<u8>,
+}
+
+impl SectionWriter {
+    /// A writer that compresses codes with zstd at `zstd_level`.
+    pub(crate) fn new(zstd_level: i32) -> Self {
+        Self { zstd: zstd_context(), zstd_level, scratch: Vec::new() }
+    }
+
+    /// Appends `bytes` to `out` as one section, compressed if that is shorter.
+    ///
+    /// # Errors
+    /// The name of what went wrong: only running out of memory can.
+    pub(crate) fn write(
+        &mut self,
+        compression: Compression,
+        content: Content,
+        bytes: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), &'static str> {
+        self.scratch.clear();
+        match compression {
+            Compression::None => {
+                out.extend_from_slice(bytes);
+                return Ok(());
+            }
+            Compression::Zstd => self.write_frame(content, bytes)?,
+        }
+        out.extend_from_slice(if self.scratch.len() < bytes.len() { &self.scratch } else { bytes });
+        Ok(())
+    }
+
+    /// Compresses `bytes` into the empty scratch.
+    fn write_frame(&mut self, content: Content, bytes: &[u8]) -> Result<(), &'static str> {
+        let zstd = self.zstd.as_mut().map_err(|name| *name)?;
+        let level = match content {
+            Content::Codes => self.zstd_level,
+            Content::FloatBytes => zstd_safe::min_c_level(),
+        };
+        zstd.set_parameter(CParameter::CompressionLevel(level)).map_err(zstd_safe::get_error_name)?;
+        self.scratch.reserve(zstd_safe::compress_bound(bytes.len()));
+        zstd.compress2(&mut self.scratch, bytes).map(drop).map_err(zstd_safe::get_error_name)
+    }
+}
+
+/// A compression context that writes frames as the format wants them: content size in, checksum and dictionary out.
+fn zstd_context() -> Result<CCtx<'static>, &'static str> {
+    let mut context = CCtx::create();
+    let parameters = [
+        CParameter::ContentSizeFlag(true),
+        CParameter::ChecksumFlag(false),
+        CParameter::DictIdFlag(false),
+        // Codes have skew and hardly any repeats: entropy coding is the whole gain, and negative levels switch it off.
+        CParameter::LiteralCompressionMode(ParamSwitch::Enable),
+    ];
+    for parameter in parameters {
+        context.set_parameter(parameter).map_err(zstd_safe::get_error_name)?;
+    }
+    Ok(context)
+}
+
+/// Reads sections; everything it needs is allocated when it is made.
+pub(crate) struct SectionReader {
+    zstd: DCtx<'static>,
+}
+
+impl SectionReader {
+    /// Panics when memory runs out.
+    pub(crate) fn new() -> Self {
+        Self { zstd: DCtx::create() }
+    }
+
+    /// Bytes of memory held.
+    pub(crate) fn size(&self) -> usize {
+        self.zstd.sizeof()
+    }
+
+    /// The `expected_bytes` bytes of a section: the section itself if stored, else decompressed into the front of
+    /// `scratch`, which is at least as long. Neither allocates.
+    pub(crate) fn read<'a>(
+        &mut self,
+        compression: Compression,
+        section: &'a [u8],
+        expected_bytes: usize,
+        scratch: &'a mut [u8],
+    ) -> Result<&'a [u8], FrameError> {
+        let got_bytes = section.len();
+        if got_bytes == expected_bytes {
+            return Ok(section);
+        }
+        if got_bytes > expected_bytes {
+            return Err(FrameError::Outgrown { got_bytes, expected_bytes });
+        }
+        let out = &mut scratch[..expected_bytes];
+        match compression {
+            Compression::None => return Err(FrameError::Uncompressed { got_bytes, expected_bytes }),
+            Compression::Zstd => self.read_frame(section, out)?,
+        }
+        Ok(out)
+    }
+
+    /// Fills `out` from a section that must be one frame of its length.
+    fn read_frame(&mut self, section: &[u8], out: &mut [u8]) -> Result<(), FrameError> {
+        let expected_bytes = out.len();
+        check_frame(section, expected_bytes)?;
+        let written = self.zstd.decompress(out, section).map_err(zstd_error)?;
+        if written != expected_bytes {
+            return Err(FrameError::ContentSize { got_bytes: Some(written as u64), expected_bytes });
+        }
+        Ok(())
+    }
+}
+
+/// Checks that a section is exactly one frame that says it holds `expected_bytes`.
+fn check_frame(section: &[u8], expected_bytes: usize) -> Result<(), FrameError> {
+    let section_bytes = section.len();
+    if !section.starts_with(&FRAME_MAGIC) {
+        return Err(FrameError::Magic);
+    }
+    let got_bytes = zstd_safe::get_frame_content_size(section).unwrap_or(None);
+    if got_bytes != Some(expected_bytes as u64) {
+        return Err(FrameError::ContentSize { got_bytes, expected_bytes });
+    }
+    let frame_bytes = zstd_safe::find_frame_compressed_size(section).map_err(zstd_error)?;
+    if frame_bytes != section_bytes {
+        return Err(FrameError::Trailing { frame_bytes, section_bytes });
+    }
+    Ok(())
+}
