@@ -10,6 +10,8 @@ HUGEMEM_MIB ?= 1024
 # What `make demo` fetches and how: empty means the sample inside the binary.
 INPUT ?=
 CODEC ?= int4
+# Seeds of `make soak`.
+SOAK_SEEDS ?= 200000
 DEMO_FLAGS := --codec $(CODEC) $(if $(INPUT),--input $(INPUT))
 
 .PHONY: help setup hugepages build demo test python test-python lint bench soak clean
@@ -59,7 +61,8 @@ lint: setup ## rustfmt and clippy, warnings are errors
 bench: build hugepages ## the measurements of perf/, as a table and as JSON
 	perf/bench.py
 
-soak: build ## a hundred thousand fetches, and nothing may leak
+soak: build ## 200,000 seeds of the simulator and a hundred thousand fetches: nothing may fail or leak
+	$(CARGO) run --release -p sim -- soak --seeds $(SOAK_SEEDS)
 	SHADOWSERVE_FETCHES=100000 $(CARGO) test --release --test fetch nothing_leaks
 
 clean: ## remove what cargo built

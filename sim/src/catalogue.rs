@@ -1,0 +1,459 @@
+//! The named scenarios, and what is measured in each.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use protocol::wire::message::DATA_HEADER_BYTES;
+use protocol::{FetchConfig, ServeConfig};
+use serde::Serialize;
+
+use crate::host::{Deed, Order};
+use crate::link::{Faults, LinkConfig, Loss};
+use crate::net::{SwitchConfig, Way};
+use crate::packet::WIRE_OVERHEAD_BYTES;
+use crate::plane::PlaneConfig;
+use crate::record::End;
+use crate::scenario::{ChunkSpec, Design, PlaneSpec, Scenario, StoreSpec};
+use crate::store::StoreConfig;
+use crate::world::{Action, Bounds, Lcore, World};
+
+/// Bytes of a segment: what an MTU of 1,500 leaves.
+const SEGMENT_BYTES: u16 = 1440;
+/// Bytes on the wire around a segment.
+const OVERHEAD_BYTES: u32 = WIRE_OVERHEAD_BYTES + 32;
+const _: () = assert!(DATA_HEADER_BYTES == 32);
+/// The planes of a chunk of Llama-8B: 32 layers, 80 segments each.
+const LAYERS: u16 = 32;
+const PLANE_BYTES: u32 = 80 * SEGMENT_BYTES as u32;
+const MICROS: u64 = 1000;
+const MILLIS: u64 = 1_000_000;
+const SECOND: u64 = 1_000_000_000;
+
+/// The part of a link's rate that segments can have.
+pub fn ideal_share() -> f64 {
+    f64::from(SEGMENT_BYTES) / f64::from(u32::from(SEGMENT_BYTES) + OVERHEAD_BYTES)
+}
+
+/// What was measured; what a scenario does not measure is absent.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Figures {
+    /// Delivered payload over the time from the first start to the last end.
+    pub goodput_gbps: f64,
+    /// The same over what the bottleneck link could carry after headers.
+    pub of_ideal: f64,
+    /// Payload sent more than once over payload lost.
+    pub resent_per_lost: Option<f64>,
+    /// Payload sent more than once over payload delivered, percent.
+    pub resent_percent: f64,
+    /// Payload lost over payload sent, percent.
+    pub lost_percent: f64,
+    /// Largest queue in front of a data plane's link, microseconds.
+    pub queue_peak_us: f64,
+    /// Jain's index of the data planes' goodputs while all fetch.
+    pub jain: Option<f64>,
+    /// 99th percentile of the short fetches' times, microseconds.
+    pub p99_us: Option<f64>,
+    /// The same over that without the bulk fetch.
+    pub p99_of_alone: Option<f64>,
+    /// Fetches that did not end with everything delivered.
+    pub not_done: u64,
+    /// Simulated time, milliseconds.
+    pub simulated_ms: f64,
+    /// Packets sent.
+    pub packets: u64,
+    /// Counters of the engines, summed over hosts.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// The scenario.
+    pub scenario: &'static str,
+    /// Which engines.
+    pub design: Design,
+    /// Of the run.
+    pub seed: u64,
+    /// What was measured.
+    #[serde(flatten)]
+    pub figures: Figures,
+}
+
+/// A named scenario.
+pub struct Entry {
+    /// On the command line and in the table.
+    pub name: &'static str,
+    /// What it is.
+    pub about: &'static str,
+    /// Makes and runs it; `scale` shortens it: bytes are divided by it.
+    measure: fn(Design, u64, u32) -> Figures,
+}
+
+impl Entry {
+    /// Runs it with one design.
+    pub fn run(&self, design: Design, seed: u64, scale: u32) -> Row {
+        Row { scenario: self.name, design, seed, figures: (self.measure)(design, seed, scale.max(1)) }
+    }
+}
+
+/// All named scenarios.
+pub const ENTRIES: &[Entry] = &[
+    Entry {
+        name: "loss-0",
+        about: "100 Gbps, 50 us, no loss",
+        measure: |d, s, k| lossy(d, s, k, Loss::None),
+    },
+    Entry {
+        name: "loss-0.1",
+        about: "100 Gbps, 50 us, 0.1 % of packets lost each way",
+        measure: |d, s, k| lossy(d, s, k, Loss::Random(1000)),
+    },
+    Entry {
+        name: "loss-1",
+        about: "100 Gbps, 50 us, 1 % of packets lost each way",
+        measure: |d, s, k| lossy(d, s, k, Loss::Random(10_000)),
+    },
+    Entry {
+        name: "loss-5",
+        about: "100 Gbps, 50 us, 5 % of packets lost each way",
+        measure: |d, s, k| lossy(d, s, k, Loss::Random(50_000)),
+    },
+    Entry {
+        name: "burst-1",
+        about: "100 Gbps, 50 us, 1 % lost in bursts of 20 packets, of which half are lost",
+        measure: |d, s, k| lossy(d, s, k, Loss::bursts(10_000, 20)),
+    },
+    Entry { name: "long-10g", about: "10 Gbps, 10 ms", measure: long },
+    Entry { name: "fast-400g", about: "400 Gbps, 50 us", measure: fast },
+    Entry {
+        name: "reorder",
+        about: "100 Gbps, 50 us, 1 % of packets late by up to 20 us",
+        measure: |d, s, k| faulty(d, s, k, Faults { reordered: 10_000, reorder_nanos: 20_000, ..NONE }),
+    },
+    Entry {
+        name: "jitter",
+        about: "100 Gbps, 50 us, every packet late by up to 20 us, in order",
+        measure: |d, s, k| faulty(d, s, k, Faults { jitter_nanos: 20_000, ..NONE }),
+    },
+    Entry {
+        name: "duplicate",
+        about: "100 Gbps, 50 us, 1 % of packets come twice",
+        measure: |d, s, k| faulty(d, s, k, Faults { duplicated: 10_000, reorder_nanos: 5000, ..NONE }),
+    },
+    Entry {
+        name: "corrupt",
+        about: "100 Gbps, 50 us, 0.1 % of packets corrupt, a hundredth of these unnoticed by UDP",
+        measure: |d, s, k| faulty(d, s, k, Faults { corrupted: 1000, damaged: 10, ..NONE }),
+    },
+    Entry {
+        name: "incast-16",
+        about: "16 stores to one data plane of 100 Gbps, 50 us, buffer of one bandwidth-delay product",
+        measure: |d, s, k| incast(d, s, k, 16, None),
+    },
+    Entry {
+        name: "incast-256",
+        about: "256 stores to one data plane of 100 Gbps, 50 us, buffer of one bandwidth-delay product",
+        measure: |d, s, k| incast(d, s, k, 256, None),
+    },
+    Entry {
+        name: "incast-64-shared",
+        about: "64 stores, a switch whose ports share 2 MB",
+        measure: |d, s, k| {
+            incast(d, s, k, 64, Some(SwitchConfig { shared_bytes: Some(2_000_000), alpha_percent: 100 }))
+        },
+    },
+    Entry { name: "share-2", about: "two data planes on one store's link of 100 Gbps", measure: share },
+    Entry {
+        name: "short-beside-bulk",
+        about: "8-chunk fetches one after the other beside a bulk fetch, 100 Gbps, 50 us",
+        measure: beside,
+    },
+    Entry {
+        name: "slow-decoder",
+        about: "decoders at half of the link's rate: figures are of their rate",
+        measure: slow_decoder,
+    },
+    Entry { name: "restart", about: "the store is down for 2 ms and restarts", measure: restart },
+    Entry { name: "partition", about: "the network is cut for 5 ms and heals", measure: partition },
+];
+
+const NONE: Faults = Faults {
+    loss: Loss::None,
+    duplicated: 0,
+    reordered: 0,
+    reorder_nanos: 0,
+    corrupted: 0,
+    damaged: 0,
+    jitter_nanos: 0,
+    cut: false,
+};
+
+/// A path: the bottleneck's rate and its round-trip time without queues.
+#[derive(Clone, Copy)]
+struct Path {
+    gbps: u32,
+    rtt_nanos: u64,
+}
+
+const USUAL: Path = Path { gbps: 100, rtt_nanos: 50 * MICROS };
+
+impl Path {
+    fn link(self) -> LinkConfig {
+        // Four one-way links make a round trip.
+        LinkConfig::new(u64::from(self.gbps), self.rtt_nanos / 4)
+    }
+
+    /// Bytes that fill the path.
+    fn bdp_bytes(self) -> u64 {
+        u64::from(self.gbps) * self.rtt_nanos / 8
+    }
+
+    /// Segments that fill the path and a little more.
+    fn window(self) -> u32 {
+        let segments = self.bdp_bytes() * 5 / 4 / u64::from(u32::from(SEGMENT_BYTES) + OVERHEAD_BYTES);
+        u32::try_from(segments).expect("a window") + 64
+    }
+
+    /// The link in front of a data plane: a buffer of one bandwidth-delay product, but at least 64 packets.
+    fn bottleneck(self) -> LinkConfig {
+        let buffer_bytes = self.bdp_bytes().max(64 * 1600);
+        LinkConfig { buffer_bytes, mark_bytes: buffer_bytes / 4, ..self.link() }
+    }
+}
+
+/// The budgets that `shadowserve dataplane` would be given for such a path.
+fn fetch_config(path: Path, stores: u16) -> FetchConfig {
+    let window = path.window();
+    FetchConfig {
+        max_fetches: 300,
+        max_lookups: 8,
+        max_chunks_per_fetch: 1024,
+        active_chunks: 512,
+        active_planes: 2048,
+        max_planes_per_chunk: 64,
+        max_plane_bytes: PLANE_BYTES,
+        max_header_bytes: 2048,
+        segment_bytes: SEGMENT_BYTES,
+        window_segments: window,
+        memory_segments: 4 * window + 64 * 80,
+        rto_min: Duration::from_millis(2),
+        rto_max: Duration::from_millis(200),
+        stores,
+        ..FetchConfig::default()
+    }
+}
+
+/// Data planes and stores on one path, and nothing that happens.
+fn on_path(design: Design, seed: u64, path: Path, planes: u32, stores: u16) -> Scenario {
+    let config = PlaneConfig {
+        fetch: fetch_config(path, stores),
+        first_store: planes,
+        decoders: 4,
+        decode_nanos: 0,
+        false_corrupt: 0,
+        rejected: 0,
+    };
+    let lcore = Lcore::default();
+    let plane = PlaneSpec { up: path.link(), down: path.bottleneck(), config, lcore };
+    let serve = ServeConfig { max_pending_pulls: 4096, ..ServeConfig::default() };
+    let config = StoreConfig { serve, ..StoreConfig::default() };
+    let store = StoreSpec { up: path.link(), down: path.link(), config, lcore, lacks: Vec::new() };
+    Scenario {
+        seed,
+        design,
+        planes: vec![plane; planes as usize],
+        stores: vec![store; usize::from(stores)],
+        switch: SwitchConfig::default(),
+        chunks: ChunkSpec { count: 1024, layers: LAYERS, plane_bytes: (PLANE_BYTES, PLANE_BYTES) },
+        baseline_window: path.window(),
+        faults: Vec::new(),
+        actions: Vec::new(),
+        bounds: Bounds::default(),
+    }
+}
+
+/// Chunks that fill a path for so long, at least one.
+fn chunks_for(path: Path, nanos: u64, scale: u32) -> u32 {
+    let chunk_bytes = u64::from(LAYERS) * 2 * u64::from(PLANE_BYTES);
+    let bytes = u64::from(path.gbps) * nanos / 8 / u64::from(scale);
+    u32::try_from((bytes / chunk_bytes).clamp(1, 1024)).unwrap_or(1)
+}
+
+fn order(id: u64, store: u32, chunks: std::ops::Range<u32>) -> Order {
+    Order { id, stores: vec![store], chunks, deadline_nanos: 100 * SECOND }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "figures for people")]
+fn float(value: u64) -> f64 {
+    value as f64
+}
+
+/// What is measured of every run.
+fn figures(world: &World, gbps: f64, planes: u32) -> Figures {
+    let ended: Vec<_> =
+        world.records.fetches.values().filter_map(|record| Some((record, record.ended?))).collect();
+    let begin = ended.iter().map(|(record, _)| record.started_at).min().unwrap_or(0);
+    let end = ended.iter().map(|(_, (at, _))| *at).max().unwrap_or(0);
+    let delivered: u64 = ended.iter().map(|(record, _)| record.delivered).sum();
+    let nanos = float(end - begin).max(1.0);
+    let goodput_gbps = float(delivered) * 8.0 / nanos;
+    let counters = &world.net.counters;
+    let taken_in: u64 = world.records.taken_in.values().sum();
+    let (sent, lost) = (counters.payload_sent, counters.payload_dropped);
+    let peak = (0..planes).map(|plane| world.net.link(plane, Way::Down).peak_nanos()).max().unwrap_or(0);
+    Figures {
+        goodput_gbps,
+        of_ideal: goodput_gbps / (gbps * ideal_share()),
+        resent_per_lost: (lost > 0).then(|| float(sent.saturating_sub(taken_in)) / float(lost)),
+        resent_percent: 100.0 * float(sent.saturating_sub(taken_in)) / float(taken_in.max(1)),
+        lost_percent: 100.0 * float(lost) / float(sent.max(1)),
+        queue_peak_us: float(peak) / 1000.0,
+        not_done: ended.iter().filter(|(_, (_, end))| *end != End::Done).count() as u64,
+        simulated_ms: nanos / 1e6,
+        packets: counters.sent,
+        counters: world.host_counters(),
+        ..Figures::default()
+    }
+}
+
+/// Runs a scenario to its end.
+fn run(scenario: &Scenario) -> World {
+    let mut world = scenario.build();
+    world.run();
+    world
+}
+
+/// One bulk fetch over a path that is wrong in some way.
+fn bulk(design: Design, seed: u64, path: Path, chunks: u32, faults: Faults) -> Scenario {
+    let mut scenario = on_path(design, seed, path, 1, 1);
+    scenario.faults_both(1, faults);
+    scenario.fetch(0, 0, order(1, 1, 0..chunks));
+    scenario
+}
+
+fn faulty(design: Design, seed: u64, scale: u32, faults: Faults) -> Figures {
+    let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
+    figures(&run(&bulk(design, seed, USUAL, chunks, faults)), 100.0, 1)
+}
+
+fn lossy(design: Design, seed: u64, scale: u32, loss: Loss) -> Figures {
+    faulty(design, seed, scale, Faults { loss, ..NONE })
+}
+
+fn long(design: Design, seed: u64, scale: u32) -> Figures {
+    let path = Path { gbps: 10, rtt_nanos: 10 * MILLIS };
+    let chunks = chunks_for(path, 3 * SECOND, scale);
+    figures(&run(&bulk(design, seed, path, chunks, NONE)), 10.0, 1)
+}
+
+fn fast(design: Design, seed: u64, scale: u32) -> Figures {
+    let path = Path { gbps: 400, rtt_nanos: 50 * MICROS };
+    let chunks = chunks_for(path, 40 * MILLIS, scale);
+    figures(&run(&bulk(design, seed, path, chunks, NONE)), 400.0, 1)
+}
+
+fn incast(design: Design, seed: u64, scale: u32, stores: u16, switch: Option<SwitchConfig>) -> Figures {
+    let mut scenario = on_path(design, seed, USUAL, 1, stores);
+    let each = (chunks_for(USUAL, 150 * MILLIS, scale) / u32::from(stores)).max(1);
+    if let Some(switch) = switch {
+        scenario.switch = switch;
+    }
+    for store in 0..u32::from(stores) {
+        let first = store * each % 512;
+        scenario.fetch(0, 0, order(u64::from(store) + 1, 1 + store, first..first + each));
+    }
+    figures(&run(&scenario), 100.0, 1)
+}
+
+/// Two data planes fetch from one store; the second begins when the first has been at it for a while.
+fn share(design: Design, seed: u64, scale: u32) -> Figures {
+    let mut scenario = on_path(design, seed, USUAL, 2, 1);
+    // The store's link is the bottleneck: its queue is the store's own, and requests wait there.
+    let chunks = chunks_for(USUAL, 60 * MILLIS, scale);
+    let later = 5 * MILLIS / u64::from(scale);
+    scenario.fetch(0, 0, order(1, 2, 0..chunks));
+    scenario.fetch(later, 1, order(2, 2, 0..chunks));
+    let mut world = scenario.build();
+    let taken = |world: &World, plane| world.records.taken_in.get(&plane).copied().unwrap_or(0);
+    world.run_while(|world| world.net.now < later);
+    let before = [taken(&world, 0), taken(&world, 1)];
+    world.run_while(|world| world.records.under_way == 2 || world.net.now <= later);
+    let shares = [float(taken(&world, 0) - before[0]), float(taken(&world, 1) - before[1])];
+    world.run();
+    let (sum, squares) = (shares[0] + shares[1], shares[0].powi(2) + shares[1].powi(2));
+    Figures { jain: Some(sum * sum / (2.0 * squares.max(1.0))), ..figures(&world, 100.0, 2) }
+}
+
+/// Short fetches one after the other, with or without a bulk fetch beside them: times of the short ones.
+fn short_fetches(design: Design, seed: u64, scale: u32, with_bulk: bool) -> (Vec<u64>, Figures) {
+    let mut scenario = on_path(design, seed, USUAL, 1, 1);
+    // 20 segments a plane: 1.8 MB a chunk, 1.2 ms of link for 8.
+    let plane_bytes = 20 * u32::from(SEGMENT_BYTES);
+    scenario.chunks = ChunkSpec { plane_bytes: (plane_bytes, plane_bytes), ..scenario.chunks };
+    let count = u64::from(100 / scale.min(10));
+    let period = 4 * MILLIS;
+    if with_bulk {
+        // Ends long after the last short one; it is cut off then.
+        scenario.fetch(0, 0, order(1, 1, 0..1024));
+        scenario.fetch(0, 0, order(2, 1, 0..1024));
+        scenario.fetch(0, 0, order(3, 1, 0..1024));
+    }
+    for number in 0..count {
+        let first = u32::try_from(number * 8 % 1000).unwrap_or(0);
+        let at = 2 * MILLIS + number * period + number * 7919 % 997 * MICROS;
+        scenario.fetch(at, 0, order(100 + number, 1, first..first + 8));
+    }
+    let cut_at = 4 * MILLIS + count * period;
+    for bulk in 1..=3 {
+        scenario.actions.push((cut_at, Action::Host(0, Deed::Cancel(bulk))));
+    }
+    let world = run(&scenario);
+    let mut times: Vec<u64> = world
+        .records
+        .fetches
+        .range(100..)
+        .filter_map(|(_, record)| Some(record.ended?.0 - record.started_at))
+        .collect();
+    times.sort_unstable();
+    let not_done = world
+        .records
+        .fetches
+        .range(100..)
+        .filter(|(_, record)| !matches!(record.ended, Some((_, End::Done))));
+    let not_done = not_done.count() as u64;
+    (times, Figures { not_done, ..figures(&world, 100.0, 1) })
+}
+
+fn beside(design: Design, seed: u64, scale: u32) -> Figures {
+    let p99 = |times: &[u64]| float(times[(times.len() * 99).div_ceil(100) - 1]) / 1000.0;
+    let (alone, _) = short_fetches(design, seed, scale, false);
+    let (times, figures) = short_fetches(design, seed, scale, true);
+    let (alone, beside) = (p99(&alone), p99(&times));
+    Figures { p99_us: Some(beside), p99_of_alone: Some(beside / alone), ..figures }
+}
+
+fn slow_decoder(design: Design, seed: u64, scale: u32) -> Figures {
+    let chunks = chunks_for(USUAL, 40 * MILLIS, scale);
+    let mut scenario = bulk(design, seed, USUAL, chunks, NONE);
+    // Four decoders, together 50 Gbps of payload.
+    scenario.planes[0].config.decode_nanos = u64::from(PLANE_BYTES) * 8 * 4 / 50;
+    figures(&run(&scenario), 50.0 / ideal_share(), 1)
+}
+
+fn restart(design: Design, seed: u64, scale: u32) -> Figures {
+    let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
+    let mut scenario = bulk(design, seed, USUAL, chunks, NONE);
+    let at = 20 * MILLIS / u64::from(scale);
+    scenario.actions.push((at, Action::Host(1, Deed::Crash)));
+    scenario.actions.push((at + 2 * MILLIS, Action::Host(1, Deed::Restart)));
+    figures(&run(&scenario), 100.0, 1)
+}
+
+fn partition(design: Design, seed: u64, scale: u32) -> Figures {
+    let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
+    let mut scenario = bulk(design, seed, USUAL, chunks, NONE);
+    let at = 20 * MILLIS / u64::from(scale);
+    scenario.actions.push((at, Action::Part(0, 1)));
+    scenario.actions.push((at + 5 * MILLIS, Action::Heal(0, 1)));
+    figures(&run(&scenario), 100.0, 1)
+}

@@ -1,0 +1,305 @@
+//! `sim`: runs the scenarios and the seeds of the simulator.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+use comfy_table::{Table, presets};
+
+use sim::catalogue::{ENTRIES, Entry, Row};
+use sim::scenario::Design;
+use sim::seeds::{self, Outcome};
+
+/// A deterministic network simulator around ShadowServe's protocol engines.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Replay this seed, as `replay --seed` does.
+    #[arg(long)]
+    seed: Option<u64>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Name the scenarios.
+    List,
+    /// Measure all scenarios with all designs.
+    Table {
+        /// Only these designs.
+        #[arg(long, value_delimiter = ',')]
+        designs: Vec<Design>,
+        /// Only scenarios whose name contains one of these.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<String>,
+        /// Divide the bytes that are fetched by this.
+        #[arg(long, default_value_t = 1)]
+        scale: u32,
+        /// Seed of every run.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Write all figures to this file as JSON.
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Write all figures to this file as CSV.
+        #[arg(long)]
+        csv: Option<PathBuf>,
+    },
+    /// Measure one scenario and print all its figures as JSON.
+    Run {
+        /// Its name, as `list` prints it.
+        name: String,
+        /// With this design.
+        #[arg(long, default_value = "ours")]
+        design: Design,
+        /// Seed of the run.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Divide the bytes that are fetched by this.
+        #[arg(long, default_value_t = 1)]
+        scale: u32,
+    },
+    /// Run one seed; it fails where it failed before.
+    Replay {
+        /// Which.
+        #[arg(long)]
+        seed: u64,
+        /// Print the scenario, what happens and every packet that arrives.
+        #[arg(long)]
+        trace: bool,
+    },
+    /// Run many seeds.
+    Soak {
+        /// The first.
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        /// How many.
+        #[arg(long, default_value_t = 10_000)]
+        seeds: u64,
+        /// Threads; all CPUs if absent.
+        #[arg(long)]
+        threads: Option<usize>,
+        /// Stop after this many seconds, however many seeds were run by then.
+        #[arg(long)]
+        seconds: Option<u64>,
+        /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("sim: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<bool> {
+    match (arguments.seed, arguments.command) {
+        (Some(seed), None) => Ok(replay(seed, false)),
+        (None, Some(Command::List)) => {
+            ENTRIES.iter().for_each(|entry| println!("{:<18} {}", entry.name, entry.about));
+            Ok(true)
+        }
+        (None, Some(Command::Table { designs, only, scale, seed, json, csv })) => {
+            let designs = if designs.is_empty() { Design::ALL.to_vec() } else { designs };
+            let rows = measure(&designs, &only, scale, seed)?;
+            println!("{}", table(&rows));
+            if let Some(path) = json {
+                let text = serde_json::to_string_pretty(&rows)?;
+                fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+            }
+            if let Some(path) = csv {
+                fs::write(&path, comma_separated(&rows)?)
+                    .with_context(|| format!("cannot write {}", path.display()))?;
+            }
+            Ok(true)
+        }
+        (None, Some(Command::Run { name, design, seed, scale })) => {
+            let Some(entry) = ENTRIES.iter().find(|entry| entry.name == name) else {
+                bail!("there is no scenario {name:?}; `sim list` names them");
+            };
+            let clock = Instant::now();
+            let row = entry.run(design, seed, scale);
+            let rate = rate(row.figures.packets, clock);
+            println!("{}", serde_json::to_string_pretty(&row)?);
+            eprintln!("{rate:.2} million packets a second");
+            Ok(true)
+        }
+        (None, Some(Command::Replay { seed, trace })) => Ok(replay(seed, trace)),
+        (None, Some(Command::Soak { first, seeds, threads, seconds, json })) => {
+            soak(first, seeds, threads, seconds, json)
+        }
+        (Some(_), Some(_)) => bail!("--seed stands alone or behind a command"),
+        (None, None) => bail!("nothing to do; see --help"),
+    }
+}
+
+fn replay(seed: u64, trace: bool) -> bool {
+    match catch_unwind(|| seeds::run(seed, trace)) {
+        Ok(outcome) => {
+            println!("seed {seed} holds: {outcome:?}");
+            true
+        }
+        Err(_) => {
+            println!("seed {seed} failed");
+            false
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "figures for people")]
+fn rate(packets: u64, since: Instant) -> f64 {
+    packets as f64 / since.elapsed().as_secs_f64() / 1e6
+}
+
+fn soak(
+    first: u64,
+    seeds: u64,
+    threads: Option<usize>,
+    seconds: Option<u64>,
+    json: bool,
+) -> anyhow::Result<bool> {
+    let threads = threads
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get))
+        .max(1);
+    let next = AtomicU64::new(first);
+    let total = Mutex::new((Outcome::default(), Vec::new()));
+    let clock = Instant::now();
+    let is_over = || seconds.is_some_and(|seconds| clock.elapsed().as_secs() >= seconds);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while !is_over() {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + seeds {
+                        return;
+                    }
+                    let result = catch_unwind(AssertUnwindSafe(|| seeds::run(seed, false)));
+                    let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+                    match result {
+                        Ok(outcome) => total.0.add(&outcome),
+                        Err(_) => {
+                            eprintln!(
+                                "seed {seed} failed; again: cargo run -p sim --release -- --seed {seed}"
+                            );
+                            total.1.push(seed);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let (outcome, mut failed) = total.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failed.sort_unstable();
+    let million_packets_per_second = rate(outcome.packets, clock);
+    if json {
+        let report = serde_json::json!({
+            "first": first,
+            "outcome": outcome,
+            "failed_seeds": failed,
+            "seconds": clock.elapsed().as_secs_f64(),
+            "threads": threads,
+            "million_packets_per_second": million_packets_per_second,
+        });
+        println!("{report}");
+    } else {
+        println!("{outcome:#?}");
+        println!(
+            "{} seeds from {first} held, {} failed {failed:?}; {:.1} s on {threads} threads, {:.2} million packets a second",
+            outcome.runs,
+            failed.len(),
+            clock.elapsed().as_secs_f64(),
+            million_packets_per_second
+        );
+    }
+    Ok(failed.is_empty())
+}
+
+fn measure(designs: &[Design], only: &[String], scale: u32, seed: u64) -> anyhow::Result<Vec<Row>> {
+    let is_wanted =
+        |entry: &&Entry| only.is_empty() || only.iter().any(|part| entry.name.contains(part.as_str()));
+    let entries: Vec<&Entry> = ENTRIES.iter().filter(is_wanted).collect();
+    if entries.is_empty() {
+        bail!("no scenario has such a name; `sim list` names them");
+    }
+    let mut rows = Vec::new();
+    for entry in entries {
+        for design in designs {
+            rows.push(entry.run(*design, seed, scale));
+        }
+    }
+    Ok(rows)
+}
+
+fn table(rows: &[Row]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN).set_header([
+        "scenario",
+        "design",
+        "Gbps",
+        "of ideal",
+        "lost %",
+        "resent/lost",
+        "queue us",
+        "Jain",
+        "p99 us",
+        "p99/alone",
+        "not done",
+    ]);
+    for row in rows {
+        let figures = &row.figures;
+        let maybe = |value: Option<f64>, digits: usize| {
+            value.map_or(String::new(), |value| format!("{value:.digits$}"))
+        };
+        table.add_row([
+            row.scenario.to_string(),
+            row.design.name().to_string(),
+            format!("{:.2}", figures.goodput_gbps),
+            format!("{:.3}", figures.of_ideal),
+            format!("{:.2}", figures.lost_percent),
+            format!("{:.2}", figures.resent_percent),
+            maybe(figures.resent_per_lost, 2),
+            format!("{:.0}", figures.queue_peak_us),
+            maybe(figures.jain, 3),
+            maybe(figures.p99_us, 0),
+            maybe(figures.p99_of_alone, 2),
+            figures.not_done.to_string(),
+        ]);
+    }
+    table
+}
+
+/// The rows as CSV: the columns are the fields of the JSON.
+fn comma_separated(rows: &[Row]) -> anyhow::Result<String> {
+    let mut text = String::new();
+    for (index, row) in rows.iter().enumerate() {
+        let serde_json::Value::Object(fields) = serde_json::to_value(row)? else {
+            bail!("a row is an object")
+        };
+        if index == 0 {
+            let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+            text += &(names.join(",") + "\n");
+        }
+        let cell = |value: &serde_json::Value| match value {
+            serde_json::Value::Null => String::new(),
+            serde_json::Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let cells: Vec<String> = fields.values().map(cell).collect();
+        text += &(cells.join(",") + "\n");
+    }
+    Ok(text)
+}

@@ -1,0 +1,466 @@
+//! A data plane: the real `FetchEngine` of each queue, receive rings, decoders, and the checks of every step.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::rc::Rc;
+
+use protocol::wire::message::MAX_CONTROL_BYTES;
+use protocol::{
+    Accepted, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, Instant, Key, StoreIndex, TransferId,
+    Verdict,
+};
+
+use crate::content::{Catalogue, Layout, byte_at};
+use crate::host::{Deed, Host, Order};
+use crate::net::Net;
+use crate::packet::{Packet, Source};
+use crate::record::{End, Records};
+
+/// A simulated data plane.
+#[derive(Clone, Copy, Debug)]
+pub struct PlaneConfig {
+    /// Budgets of each queue's engine; `queues` says how many there are.
+    pub fetch: FetchConfig,
+    /// The host that is store 0; the others follow it.
+    pub first_store: u32,
+    /// Decoders, shared by all queues.
+    pub decoders: u32,
+    /// Time that a decoder takes for a plane.
+    pub decode_nanos: u64,
+    /// So many of a million intact planes get the verdict "corrupt", and "rejected".
+    pub false_corrupt: u32,
+    /// See above.
+    pub rejected: u32,
+}
+
+/// What the caller of an engine keeps of a transfer.
+#[derive(Debug, Default)]
+struct Kept {
+    transfer: Option<TransferId>,
+    /// Where segment 0 comes from.
+    source: Source,
+    segments: u32,
+    bytes: u64,
+    arrived: Vec<u64>,
+    is_damaged: bool,
+    awaits_verdict: bool,
+}
+
+/// A plane that is being decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Decoding {
+    transfer: TransferId,
+    fetch: FetchId,
+    chunk: u32,
+    plane: u16,
+}
+
+/// A fetch, as seen by one queue.
+#[derive(Debug)]
+struct Part {
+    order: Rc<Order>,
+    deadline: u64,
+    delivered: BTreeMap<u32, u32>,
+    failed: BTreeMap<u32, ()>,
+    /// Planes that await a verdict.
+    owed: u32,
+}
+
+/// One queue.
+#[derive(Debug)]
+struct Lane {
+    engine: FetchEngine<Layout>,
+    kept: Vec<Kept>,
+    kept_segments: u32,
+    parts: BTreeMap<u64, Part>,
+    verdicts: BinaryHeap<Reverse<(u64, u64, Decoding)>>,
+}
+
+/// A fetch over all queues.
+#[derive(Debug)]
+struct Whole {
+    parts: u16,
+    end: End,
+}
+
+/// A data plane.
+#[derive(Debug)]
+pub struct PlaneHost {
+    id: u32,
+    config: PlaneConfig,
+    catalogue: Rc<Catalogue>,
+    lanes: Vec<Lane>,
+    wholes: BTreeMap<u64, Whole>,
+    /// When each decoder is free.
+    decoders: Vec<u64>,
+    sequence: u64,
+    /// What its clock shows more than the simulator's.
+    ahead_nanos: u64,
+    scratch: Vec<u8>,
+}
+
+fn decoding_end(end: FetchOutcome) -> End {
+    match end {
+        FetchOutcome::Done => End::Done,
+        FetchOutcome::Failed => End::Failed,
+        FetchOutcome::Cancelled => End::Cancelled,
+    }
+}
+
+impl PlaneHost {
+    /// A data plane with nothing to do.
+    pub fn new(id: u32, config: PlaneConfig, catalogue: Rc<Catalogue>) -> PlaneHost {
+        let lanes = (0..config.fetch.queues)
+            .map(|queue| Lane {
+                engine: FetchEngine::new(FetchConfig { queue, ..config.fetch }, Layout)
+                    .unwrap_or_else(|error| panic!("the scenario's budgets cannot work: {error}")),
+                kept: (0..config.fetch.active_planes).map(|_| Kept::default()).collect(),
+                kept_segments: 0,
+                parts: BTreeMap::new(),
+                verdicts: BinaryHeap::new(),
+            })
+            .collect();
+        let decoders = vec![0; config.decoders.max(1) as usize];
+        PlaneHost {
+            id,
+            config,
+            catalogue,
+            lanes,
+            wholes: BTreeMap::new(),
+            decoders,
+            sequence: 0,
+            ahead_nanos: 0,
+            scratch: vec![0; 16 << 10],
+        }
+    }
+
+    fn clock(&self, net: &Net) -> Instant {
+        Instant::from_nanos(net.now + self.ahead_nanos)
+    }
+
+    fn start(&mut self, net: &Net, records: &mut Records, order: Order) {
+        let (id, now) = (order.id, self.clock(net));
+        let keys: Vec<Key> =
+            order.chunks.clone().map(|chunk| self.catalogue.chunks[chunk as usize].key).collect();
+        let bytes = self.catalogue.payload_bytes(order.chunks.clone());
+        let deadline = now.nanos() + order.deadline_nanos;
+        let store = order.stores[0] - self.config.first_store;
+        let store = StoreIndex(u16::try_from(store).expect("stores are numbered in 16 bits"));
+        let order = Rc::new(order);
+        records.started(id, self.id, net.now, bytes);
+        for lane in &mut self.lanes {
+            lane.engine
+                .start(now, FetchId(id), Instant::from_nanos(deadline), store, &keys, &self.catalogue.shape)
+                .unwrap_or_else(|error| panic!("fetch {id} was refused: {error}"));
+            let part = Part {
+                order: Rc::clone(&order),
+                deadline,
+                delivered: BTreeMap::new(),
+                failed: BTreeMap::new(),
+                owed: 0,
+            };
+            lane.parts.insert(id, part);
+        }
+        self.wholes.insert(id, Whole { parts: self.config.fetch.queues, end: End::Done });
+    }
+
+    fn take_in(&mut self, net: &mut Net, records: &mut Records, id: u32) {
+        let now = self.clock(net);
+        let packet = net.packets.get(id);
+        let marked = packet.marked;
+        let Some(lane) = self.lanes.get_mut(usize::from(packet.queue)) else { return };
+        let store = packet.from.wrapping_sub(self.config.first_store);
+        let Some(store) = u16::try_from(store).ok().filter(|store| *store < self.config.fetch.stores) else {
+            return;
+        };
+        // The payload that is not materialized has only a length.
+        let payload = if packet.tail_bytes == 0 {
+            packet.bytes.as_slice()
+        } else {
+            let head = packet.bytes.len();
+            self.scratch[..head].copy_from_slice(&packet.bytes);
+            &self.scratch[..head + packet.tail_bytes as usize]
+        };
+        let accepted = lane.engine.handle_datagram(now, StoreIndex(store), marked, payload);
+        match accepted {
+            Ok(Accepted::Segment { transfer, segment, data }) => {
+                let is_damaged = is_damaged(packet, &payload[data.clone()]);
+                let segment_bytes = u64::from(self.config.fetch.segment_bytes);
+                keep(lane, packet, transfer, segment, data.len(), segment_bytes, is_damaged);
+                records.took_in(self.id, u64::from(packet.payload_bytes));
+            }
+            Ok(Accepted::Control) if packet.payload_bytes > 0 => {
+                records.took_in(self.id, u64::from(packet.payload_bytes));
+            }
+            Ok(Accepted::Control) | Err(_) => {}
+        }
+    }
+
+    fn decoded(&mut self, net: &mut Net, records: &mut Records) {
+        let (now, clock) = (net.now, self.clock(net));
+        for queue in 0..self.lanes.len() {
+            while self.lanes[queue].verdicts.peek().is_some_and(|Reverse((at, ..))| *at <= now) {
+                let Some(Reverse((_, _, decoding))) = self.lanes[queue].verdicts.pop() else { break };
+                self.give_verdict(queue, net, records, clock, decoding);
+            }
+        }
+    }
+
+    fn give_verdict(
+        &mut self,
+        queue: usize,
+        net: &mut Net,
+        records: &mut Records,
+        clock: Instant,
+        decoding: Decoding,
+    ) {
+        let Decoding { transfer, fetch, chunk, plane } = decoding;
+        let lane = &mut self.lanes[queue];
+        let kept = &mut lane.kept[transfer.slot()];
+        assert_eq!(kept.transfer, Some(transfer), "a transfer is kept until its verdict");
+        let part = lane.parts.get_mut(&fetch.0).expect("no verdict is due after the end");
+        let number = part.order.chunks.start + chunk;
+        let stored = self.catalogue.chunks[number as usize].planes[usize::from(plane)];
+        // Every segment came from where segment 0 did plus its own offset, checked on arrival.
+        let is_stored = kept.source == Source { chunk: number, offset: stored.offset }
+            && kept.bytes == u64::from(stored.bytes);
+        let is_damaged = kept.is_damaged || !is_stored;
+        assert!(
+            !is_damaged || net.counters.damaged > 0,
+            "plane {plane} of chunk {number} is not what was stored, and nothing damaged it"
+        );
+        let verdict = if is_damaged || net.random.chance(self.config.false_corrupt) {
+            Verdict::Corrupt
+        } else if net.random.chance(self.config.rejected) {
+            Verdict::Rejected(7)
+        } else {
+            records.delivered(fetch.0, u64::from(stored.bytes));
+            *part.delivered.entry(chunk).or_default() += 1;
+            Verdict::Delivered
+        };
+        part.owed -= 1;
+        lane.kept_segments -= kept.segments;
+        kept.transfer = None;
+        assert!(lane.engine.header(transfer).is_some(), "a header until the verdict");
+        assert!(lane.engine.verdict(clock, transfer, verdict), "an announced plane takes a verdict");
+    }
+
+    fn on_event(&mut self, queue: usize, net: &Net, records: &mut Records, event: Event) {
+        let queues = u64::from(self.config.fetch.queues);
+        let shape_planes = u64::from(self.catalogue.shape.planes());
+        let lane = &mut self.lanes[queue];
+        match event {
+            Event::LookupDone { .. } => {}
+            Event::PlaneArrived { transfer, fetch, chunk, plane, bytes, segments } => {
+                let kept = &mut lane.kept[transfer.slot()];
+                assert_eq!(kept.transfer, Some(transfer), "segments of what arrives were accepted");
+                assert!(!kept.awaits_verdict, "a plane arrives once");
+                kept.awaits_verdict = true;
+                assert_eq!((kept.segments, kept.bytes), (segments, u64::from(bytes)), "all of it is here");
+                let number = u64::from(chunk) * shape_planes + u64::from(plane);
+                assert_eq!(number % queues, queue as u64, "each queue takes its own planes");
+                lane.parts.get_mut(&fetch.0).expect("the fetch is under way").owed += 1;
+                let free = self.decoders.iter_mut().min().expect("at least one decoder");
+                *free = (*free).max(net.now) + self.config.decode_nanos;
+                self.sequence += 1;
+                let decoding = Decoding { transfer, fetch, chunk, plane };
+                lane.verdicts.push(Reverse((*free, self.sequence, decoding)));
+            }
+            Event::TransferReset { transfer } => {
+                let kept = &mut lane.kept[transfer.slot()];
+                assert_eq!(kept.transfer, Some(transfer), "something of what is reset was accepted");
+                assert!(!kept.awaits_verdict, "a plane that arrived ends by its verdict");
+                kept.transfer = None;
+                lane.kept_segments -= kept.segments;
+            }
+            Event::ChunkFailed { fetch, chunk, .. } => {
+                let part = lane.parts.get_mut(&fetch.0).expect("the fetch is under way");
+                assert!(part.failed.insert(chunk, ()).is_none(), "a chunk fails once");
+            }
+            Event::FetchEnded { fetch, outcome, planes_delivered, chunks_failed } => {
+                let part = lane.parts.remove(&fetch.0).expect("a fetch ends once");
+                assert_eq!(part.owed, 0, "no verdict is owed at the end");
+                assert_eq!(planes_delivered, part.delivered.values().sum::<u32>());
+                assert_eq!(chunks_failed as usize, part.failed.len());
+                check_part(&part, queue as u64, queues, shape_planes, outcome);
+                let whole = self.wholes.get_mut(&fetch.0).expect("a fetch ends once");
+                whole.end = whole.end.max(decoding_end(outcome));
+                whole.parts -= 1;
+                if whole.parts == 0 {
+                    let end = whole.end;
+                    self.wholes.remove(&fetch.0);
+                    records.ended(fetch.0, net.now, end);
+                }
+            }
+        }
+    }
+
+    fn events(&mut self, queue: usize, net: &Net, records: &mut Records) {
+        while let Some(event) = self.lanes[queue].engine.poll_event() {
+            self.on_event(queue, net, records, event);
+        }
+    }
+
+    fn transmit(&mut self, queue: usize, net: &mut Net) {
+        let mut out = [0; MAX_CONTROL_BYTES];
+        let clock = self.clock(net);
+        let number = u16::try_from(queue).expect("queues are numbered in 16 bits");
+        while let Some(transmit) = self.lanes[queue].engine.poll_transmit(clock, &mut out) {
+            let store = self.config.first_store + u32::from(transmit.store.0);
+            net.send(self.id, store, |packet| {
+                packet.queue = number;
+                packet.bytes.extend_from_slice(&out[..transmit.len]);
+            });
+        }
+    }
+
+    /// What must hold after every turn.
+    fn check(&self, queue: usize, now: u64) {
+        let lane = &self.lanes[queue];
+        let engine = &lane.engine;
+        let (config, counters) = (engine.config(), engine.counters());
+        assert!(engine.in_flight_segments() <= config.window_segments, "in flight within the window");
+        assert!(engine.memory_segments() <= config.memory_segments, "memory within its budget");
+        assert!(lane.kept_segments <= engine.memory_segments(), "no more is kept than was reserved");
+        let placed = counters.segments_placed + counters.header_segments + counters.control;
+        assert_eq!(counters.datagrams, placed + counters.dropped(), "the counters add up");
+        for (id, part) in &lane.parts {
+            let is_late = now >= part.deadline && part.owed == 0;
+            assert!(!is_late, "fetch {id} is past its deadline, nothing is owed, and it has not ended");
+        }
+    }
+}
+
+/// Whether the bytes that arrived are not those that were stored.
+fn is_damaged(packet: &Packet, data: &[u8]) -> bool {
+    if packet.tail_bytes > 0 {
+        return packet.damaged;
+    }
+    let Source { chunk, offset } = packet.source;
+    !data.iter().zip(offset..).all(|(byte, at)| *byte == byte_at(chunk, at))
+}
+
+/// Keeps an accepted segment, which must come from where the transfer's others do.
+fn keep(
+    lane: &mut Lane,
+    packet: &Packet,
+    transfer: TransferId,
+    segment: u32,
+    bytes: usize,
+    segment_bytes: u64,
+    is_damaged: bool,
+) {
+    let kept = &mut lane.kept[transfer.slot()];
+    if kept.transfer != Some(transfer) {
+        assert_eq!(kept.transfer, None, "the slot's earlier transfer has ended");
+        let mut arrived = std::mem::take(&mut kept.arrived);
+        arrived.clear();
+        *kept = Kept { transfer: Some(transfer), arrived, ..Kept::default() };
+    }
+    assert!(!kept.awaits_verdict, "no segment after the last");
+    let (word, bit) = ((segment / 64) as usize, 1_u64 << (segment % 64));
+    if kept.arrived.len() <= word {
+        kept.arrived.resize(word + 1, 0);
+    }
+    assert_eq!(kept.arrived[word] & bit, 0, "a segment is accepted once");
+    kept.arrived[word] |= bit;
+    let begin = packet.source.offset.wrapping_sub(u64::from(segment) * segment_bytes);
+    let source = Source { chunk: packet.source.chunk, offset: begin };
+    if kept.segments == 0 {
+        kept.source = source;
+    }
+    // A flipped bit in the header may make a segment of another: the plane's checksum tells.
+    kept.is_damaged |= is_damaged || source != kept.source;
+    kept.segments += 1;
+    kept.bytes += bytes as u64;
+    lane.kept_segments += 1;
+}
+
+/// Every chunk is delivered whole or named.
+fn check_part(part: &Part, queue: u64, queues: u64, planes: u64, outcome: FetchOutcome) {
+    let count = part.order.chunks.len();
+    for chunk in 0..u32::try_from(count).expect("few chunks") {
+        let mine = (0..planes).filter(|plane| (u64::from(chunk) * planes + plane) % queues == queue).count();
+        let is_whole = part.delivered.get(&chunk).is_some_and(|delivered| *delivered as usize == mine);
+        let is_named = part.failed.contains_key(&chunk);
+        assert!(mine == 0 || is_whole || is_named, "chunk {chunk} is neither delivered nor named");
+    }
+    match outcome {
+        FetchOutcome::Done => assert!(part.failed.is_empty(), "done without failures"),
+        FetchOutcome::Failed => assert!(!part.failed.is_empty(), "failed with a reason"),
+        FetchOutcome::Cancelled => {}
+    }
+}
+
+impl Host for PlaneHost {
+    fn turn(&mut self, net: &mut Net, records: &mut Records, rx: &[u32]) -> Option<u64> {
+        for id in rx {
+            self.take_in(net, records, *id);
+        }
+        self.decoded(net, records);
+        let clock = self.clock(net);
+        let mut wake = u64::MAX;
+        for queue in 0..self.lanes.len() {
+            self.lanes[queue].engine.handle_timeout(clock);
+            self.events(queue, net, records);
+            self.transmit(queue, net);
+            // Admitting a fetch without planes for this queue ends it.
+            self.events(queue, net, records);
+            self.check(queue, clock.nanos());
+            let lane = &self.lanes[queue];
+            if let Some(at) = lane.engine.poll_timeout() {
+                wake = wake.min(at.nanos().saturating_sub(self.ahead_nanos));
+            }
+            if let Some(Reverse((at, ..))) = lane.verdicts.peek() {
+                wake = wake.min(*at);
+            }
+        }
+        (wake != u64::MAX).then_some(wake)
+    }
+
+    fn befall(&mut self, net: &mut Net, records: &mut Records, deed: Deed) {
+        match deed {
+            Deed::Fetch(order) => self.start(net, records, order),
+            Deed::Cancel(id) => {
+                let clock = self.clock(net);
+                for lane in &mut self.lanes {
+                    lane.engine.cancel(clock, FetchId(id));
+                }
+            }
+            Deed::ClockJump(nanos) => self.ahead_nanos += nanos,
+            Deed::DecodeNanos(nanos) => self.config.decode_nanos = nanos,
+            Deed::Crash | Deed::Restart | Deed::Forget(_) => unreachable!("a data plane is no store"),
+        }
+    }
+
+    fn assert_quiet(&self) {
+        for lane in &self.lanes {
+            let engine = &lane.engine;
+            assert!(engine.idle(), "nothing is under way");
+            assert_eq!(engine.fetches(), 0, "fetches left");
+            assert_eq!(engine.chunks_under_way(), 0, "chunks left");
+            assert_eq!(engine.planes_under_way(), 0, "planes left");
+            assert_eq!(engine.in_flight_segments(), 0, "segments left in flight");
+            assert_eq!(engine.memory_segments(), 0, "memory left");
+            assert_eq!(lane.kept_segments, 0, "packets left");
+            assert!(lane.parts.is_empty() && lane.verdicts.is_empty(), "ends or verdicts left");
+        }
+        assert!(self.wholes.is_empty());
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        let mut sums = vec![("pulls", 0), ("asked", 0), ("asked_again", 0), ("timeouts", 0), ("corrupt", 0)];
+        for lane in &self.lanes {
+            let counters = lane.engine.counters();
+            let values = [
+                counters.pulls_sent,
+                counters.segments_asked,
+                counters.segments_asked_again,
+                counters.timeouts,
+                counters.planes_corrupt,
+            ];
+            sums.iter_mut().zip(values).for_each(|(sum, value)| sum.1 += value);
+        }
+        sums.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
+    }
+}

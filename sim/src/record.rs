@@ -1,0 +1,76 @@
+//! What became of each fetch.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+/// How a fetch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum End {
+    /// All of it arrived.
+    Done,
+    /// Some of it did not.
+    Failed,
+    /// On request.
+    Cancelled,
+}
+
+/// What a fetch was to do and did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Record {
+    /// The data plane.
+    pub plane: u32,
+    /// When it was started.
+    pub started_at: u64,
+    /// When and how it ended.
+    pub ended: Option<(u64, End)>,
+    /// Encoded bytes wanted.
+    pub bytes: u64,
+    /// Bytes delivered.
+    pub delivered: u64,
+}
+
+/// All fetches of a run, and how many bytes had arrived when.
+#[derive(Debug, Default)]
+pub struct Records {
+    /// By the order's id.
+    pub fetches: BTreeMap<u64, Record>,
+    /// Payload that data planes took in, by host: each byte once.
+    pub taken_in: BTreeMap<u32, u64>,
+    /// Fetches that have not ended.
+    pub under_way: u64,
+}
+
+impl Records {
+    /// A fetch begins.
+    pub fn started(&mut self, id: u64, plane: u32, now: u64, bytes: u64) {
+        let record = Record { plane, started_at: now, ended: None, bytes, delivered: 0 };
+        assert!(self.fetches.insert(id, record).is_none(), "fetch {id} was started twice");
+        self.under_way += 1;
+    }
+
+    /// Bytes of a fetch were delivered.
+    pub fn delivered(&mut self, id: u64, bytes: u64) {
+        let record = self.fetches.get_mut(&id).expect("only fetches that were started deliver");
+        assert!(record.ended.is_none(), "fetch {id} delivers after its end");
+        record.delivered += bytes;
+        assert!(record.delivered <= record.bytes, "fetch {id} delivers more than it wanted");
+    }
+
+    /// Payload arrived that the data plane did not have.
+    #[inline]
+    pub fn took_in(&mut self, plane: u32, bytes: u64) {
+        *self.taken_in.entry(plane).or_default() += bytes;
+    }
+
+    /// A fetch ended.
+    pub fn ended(&mut self, id: u64, now: u64, end: End) {
+        let record = self.fetches.get_mut(&id).expect("only fetches that were started end");
+        assert!(record.ended.is_none(), "fetch {id} ended twice");
+        record.ended = Some((now, end));
+        if end == End::Done {
+            assert_eq!(record.delivered, record.bytes, "fetch {id} is done with something missing");
+        }
+        self.under_way -= 1;
+    }
+}

@@ -1,0 +1,284 @@
+//! Random runs: budgets, shapes, links, faults and events, all from one seed.
+
+use std::time::Duration;
+
+use protocol::{FetchConfig, ServeConfig};
+use serde::Serialize;
+
+use crate::host::{Deed, Order};
+use crate::link::{DROPS, Faults, LinkConfig, Loss};
+use crate::net::{SwitchConfig, Way};
+use crate::plane::PlaneConfig;
+use crate::random::{Random, mix};
+use crate::record::End;
+use crate::scenario::{ChunkSpec, Design, PlaneSpec, Scenario, StoreSpec};
+use crate::store::StoreConfig;
+use crate::world::{Action, Bounds, Lcore};
+
+/// What came of one run or of many.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Outcome {
+    /// Runs.
+    pub runs: u64,
+    /// Fetches that ended with everything delivered, with something missing, on request.
+    pub done: u64,
+    /// See above.
+    pub failed: u64,
+    /// See above.
+    pub cancelled: u64,
+    /// Packets sent.
+    pub packets: u64,
+    /// Packets dropped: by the loss model, by a full buffer, by a cut, corrupt, host down, ring full.
+    pub dropped: [u64; DROPS],
+    /// Packets damaged unnoticed, packets duplicated, packets marked.
+    pub damaged: u64,
+    /// See above.
+    pub duplicated: u64,
+    /// See above.
+    pub marked: u64,
+    /// A number that depends on every run's result: two soaks of the same seeds and code have the same.
+    pub digest: u64,
+}
+
+impl Outcome {
+    /// Adds the outcome of other runs.
+    pub fn add(&mut self, other: &Outcome) {
+        self.runs += other.runs;
+        self.done += other.done;
+        self.failed += other.failed;
+        self.cancelled += other.cancelled;
+        self.packets += other.packets;
+        self.dropped.iter_mut().zip(other.dropped).for_each(|(sum, more)| *sum += more);
+        self.damaged += other.damaged;
+        self.duplicated += other.duplicated;
+        self.marked += other.marked;
+        // A sum, so that the order in which threads finish does not matter.
+        self.digest = self.digest.wrapping_add(other.digest);
+    }
+}
+
+fn number<T: TryFrom<u64>>(value: u64) -> T {
+    T::try_from(value).unwrap_or_else(|_| unreachable!("the ranges fit"))
+}
+
+/// Runs a seed; panics where an invariant does not hold.
+pub fn run(seed: u64, trace: bool) -> Outcome {
+    let scenario = scenario(seed);
+    let mut world = scenario.build();
+    world.trace = trace;
+    if trace {
+        println!("{scenario:#?}");
+    }
+    world.run();
+    let counters = world.net.counters;
+    let mut outcome = Outcome {
+        runs: 1,
+        packets: counters.sent,
+        dropped: counters.dropped,
+        damaged: counters.damaged,
+        duplicated: counters.copies,
+        marked: counters.marked,
+        ..Outcome::default()
+    };
+    let mut digest = mix(seed ^ counters.sent.rotate_left(32) ^ counters.payload_sent);
+    for (id, record) in &world.records.fetches {
+        let Some((at, end)) = record.ended else { continue };
+        match end {
+            End::Done => outcome.done += 1,
+            End::Failed => outcome.failed += 1,
+            End::Cancelled => outcome.cancelled += 1,
+        }
+        digest = mix(digest ^ id.rotate_left(48) ^ at ^ record.delivered.rotate_left(24) ^ end as u64);
+    }
+    outcome.digest = digest;
+    outcome
+}
+
+/// The scenario of a seed.
+pub fn scenario(seed: u64) -> Scenario {
+    let mut random = Random::new(mix(seed) ^ 0x51d);
+    let r = &mut random;
+    // Now and then many stores at once.
+    let stores: u16 = if r.chance(20_000) { number(r.between(16, 64)) } else { number(r.between(1, 4)) };
+    let planes = r.pick(&[1, 1, 1, 2, 3]);
+    let layers: u16 = number(r.between(1, 5));
+    let most: u32 = number(r.pick(&[300, 3000, 3000, 20_000]));
+    let chunks = ChunkSpec { count: 20, layers, plane_bytes: (1, number(r.between(1, u64::from(most)))) };
+    let fetch = budgets(r, &chunks, stores, seed);
+    let mut scenario = Scenario {
+        seed,
+        design: Design::Ours,
+        planes: (0..planes).map(|_| plane(r, fetch)).collect(),
+        stores: (0..stores).map(|_| store(r)).collect(),
+        switch: SwitchConfig {
+            shared_bytes: r.chance(300_000).then(|| r.between(10_000, 500_000)),
+            alpha_percent: number(r.between(25, 400)),
+        },
+        chunks,
+        baseline_window: 64,
+        faults: Vec::new(),
+        actions: Vec::new(),
+        bounds: Bounds { events: 20_000_000, progress_nanos: 2_000_000_000 },
+    };
+    let materialize = r.chance(125_000);
+    scenario.stores.iter_mut().for_each(|store| store.config.materialize = materialize);
+    let hosts = planes + u32::from(stores);
+    for host in 0..hosts {
+        for way in [Way::Up, Way::Down] {
+            if r.chance(400_000) {
+                let faults = faults(r);
+                scenario.faults.push((host, way, faults));
+            }
+        }
+    }
+    let end = fetches(r, &mut scenario);
+    for _ in 0..r.below(8) {
+        mishap(r, &mut scenario, end);
+    }
+    scenario
+}
+
+fn budgets(r: &mut Random, chunks: &ChunkSpec, stores: u16, seed: u64) -> FetchConfig {
+    let segment_bytes: u16 = number(32 * r.pick(&[1, 2, 4, 8, 16, 45, 45]));
+    let plane_segments = chunks.plane_bytes.1.div_ceil(u32::from(segment_bytes));
+    let mut fetch = FetchConfig {
+        queue: 0,
+        queues: number(r.pick(&[1, 1, 2, 3])),
+        max_fetches: 16,
+        max_lookups: 4,
+        max_chunks_per_fetch: 32,
+        active_chunks: number(r.between(1, 16)),
+        active_planes: number(r.between(1, 24)),
+        max_planes_per_chunk: 10,
+        max_plane_bytes: chunks.plane_bytes.1,
+        max_header_bytes: 400,
+        segment_bytes,
+        window_segments: number(r.between(1, 200)),
+        memory_segments: plane_segments + number::<u32>(r.below(200)),
+        rto_min: Duration::from_micros(r.between(50, 2000)),
+        rto_max: Duration::from_millis(r.between(2, 20)),
+        stores,
+        ..FetchConfig::default()
+    };
+    fetch.seed = number(seed & 0xffff_ffff);
+    fetch
+}
+
+fn link(r: &mut Random) -> LinkConfig {
+    let buffer_bytes = r.pick(&[u64::MAX, 20_000, 100_000, 1_000_000]);
+    LinkConfig {
+        buffer_bytes,
+        mark_bytes: if r.chance(500_000) { u64::MAX } else { buffer_bytes.min(1_000_000) / 4 },
+        ..LinkConfig::new(r.pick(&[1, 10, 25, 100, 400]), r.pick(&[500, 5000, 50_000, 500_000]))
+    }
+}
+
+fn lcore(r: &mut Random) -> Lcore {
+    Lcore { turn_nanos: r.pick(&[100, 1000, 1000, 10_000]), ring: number(r.pick(&[64, 512, 4096])) }
+}
+
+fn plane(r: &mut Random, fetch: FetchConfig) -> PlaneSpec {
+    let rare = |r: &mut Random, most| if r.chance(200_000) { number(r.below(most)) } else { 0 };
+    let config = PlaneConfig {
+        fetch,
+        first_store: 0,
+        decoders: number(r.between(1, 4)),
+        decode_nanos: r.pick(&[0, 1000, 50_000, 500_000]),
+        false_corrupt: rare(r, 100_000),
+        rejected: rare(r, 20_000),
+    };
+    PlaneSpec { up: link(r), down: link(r), config, lcore: lcore(r) }
+}
+
+fn store(r: &mut Random) -> StoreSpec {
+    let serve = ServeConfig {
+        max_pending_pulls: number(r.pick(&[1, 4, 20, 100])),
+        max_pending_bytes: r.pick(&[100_000, 64 << 20]),
+        max_pending_replies: number(r.between(1, 8)),
+        max_requesters: number(r.between(1, 8)),
+        turn_bytes: number(r.pick(&[1, 2000, 32 << 10])),
+        ..ServeConfig::default()
+    };
+    let config = StoreConfig { serve, ring_bytes: r.pick(&[3000, 100_000]), materialize: false };
+    let lacks = if r.chance(200_000) { vec![number(r.below(20))] } else { Vec::new() };
+    StoreSpec { up: link(r), down: link(r), config, lcore: lcore(r), lacks }
+}
+
+/// Each kind of fault is absent more often than not, so that every subset of them occurs.
+fn faults(r: &mut Random) -> Faults {
+    let sometimes = |r: &mut Random, most: u64| if r.chance(300_000) { number(r.below(most)) } else { 0 };
+    let loss = match r.below(4) {
+        0 => Loss::Random(number(r.pick(&[1000, 10_000, 50_000, 300_000]))),
+        1 => Loss::bursts(number(r.between(1000, 200_000)), number(r.between(2, 100))),
+        _ => Loss::None,
+    };
+    Faults {
+        loss,
+        duplicated: sometimes(r, 300_000),
+        reordered: sometimes(r, 300_000),
+        reorder_nanos: r.between(1, 300_000),
+        corrupted: sometimes(r, 50_000),
+        damaged: sometimes(r, 20_000),
+        jitter_nanos: u64::from(sometimes(r, 300_000)),
+        cut: false,
+    }
+}
+
+/// Adds fetches; says by when the last of them has ended.
+fn fetches(r: &mut Random, scenario: &mut Scenario) -> u64 {
+    let (planes, stores) = (scenario.planes.len() as u64, scenario.stores.len() as u64);
+    let count = r.between(1, 6).max(stores.min(16 * u64::from(stores > 4)));
+    let (mut at, mut end) = (0, 0);
+    for id in 0..count {
+        let first: u32 = number(r.below(20));
+        let chunks = first..first + number::<u32>(r.between(1, u64::from(20 - first)));
+        let deadline_nanos = r.pick(&[100_000, 2_000_000, 60_000_000, 400_000_000, 400_000_000]);
+        let store = scenario.store(number(r.below(stores)));
+        let plane = number(r.below(planes));
+        scenario.fetch(at, plane, Order { id, stores: vec![store], chunks, deadline_nanos });
+        if r.chance(100_000) {
+            let cancel_at = at + r.below(deadline_nanos);
+            scenario.actions.push((cancel_at, Action::Host(plane, Deed::Cancel(id))));
+        }
+        end = end.max(at + deadline_nanos);
+        at += r.below(2_000_000);
+    }
+    end
+}
+
+/// Adds something that goes wrong for a while.
+fn mishap(r: &mut Random, scenario: &mut Scenario, end: u64) {
+    // Most of what happens happens early.
+    let before = if r.chance(700_000) { end.min(3_000_000) } else { end };
+    let at = r.below(before);
+    let lasts = r.between(1000, 5_000_000);
+    let (planes, stores) = (scenario.planes.len() as u64, scenario.stores.len() as u64);
+    let plane: u32 = number(r.below(planes));
+    let store = scenario.store(number(r.below(stores)));
+    let host: u32 = number(r.below(planes + stores));
+    let way = r.pick(&[Way::Up, Way::Down]);
+    let actions = &mut scenario.actions;
+    match r.below(9) {
+        0 => {
+            actions.push((at, Action::Host(store, Deed::Crash)));
+            // One in ten never comes back.
+            if !r.chance(100_000) {
+                actions.push((at + lasts, Action::Host(store, Deed::Restart)));
+            }
+        }
+        1 => actions.push((at, Action::Host(store, Deed::Restart))),
+        2 => actions.push((at, Action::Host(store, Deed::Forget(number(r.below(20)))))),
+        3 => {
+            actions.push((at, Action::Part(plane, store)));
+            actions.push((at + lasts, Action::Heal(plane, store)));
+        }
+        4 => {
+            actions.push((at, Action::Link(host, way, Faults { cut: true, ..Faults::default() })));
+            actions.push((at + lasts, Action::Link(host, way, faults(r))));
+        }
+        5 => actions.push((at, Action::Stall(host, lasts))),
+        6 => actions.push((at, Action::Host(plane, Deed::ClockJump(r.between(1000, 50_000_000))))),
+        7 => actions.push((at, Action::Host(plane, Deed::DecodeNanos(r.below(2_000_000))))),
+        _ => actions.push((at, Action::Link(host, way, faults(r)))),
+    }
+}
