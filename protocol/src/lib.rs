@@ -1,4 +1,4 @@
-//! Packet formats and the sans-IO engines of both ends of a fetch.
+//! Packet formats and the sans-IO engines of both ends of a fetch and of a PUT.
 //!
 //! Nothing here does I/O, reads a clock, or allocates after a constructor has returned. Packets and the
 //! time go in; packets and events come out. `docs/PROTOCOL.md` specifies every byte and both ends' rules.
@@ -10,6 +10,7 @@
 //! - [`neighbour`]: which MAC address a store or gateway has (ARP);
 //! - [`fetch`]: the data plane's engine, which asks for what it wants and pays with credit;
 //! - [`serve`]: the store's engine, which sends what it was asked for, in fair turns, and remembers nothing else;
+//! - [`put`]: the other direction, from a data plane into a store: both ends;
 //! - [`key`]: how chunks are named;
 //! - [`reason`]: why a received packet was dropped, for counters.
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@ pub mod fetch;
 pub mod frame;
 pub mod key;
 pub mod neighbour;
+pub mod put;
 pub mod reason;
 pub mod serve;
 pub mod time;

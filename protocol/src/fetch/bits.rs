@@ -1,27 +1,27 @@
 //! Bitmaps in slices of 64-bit words: which segments have arrived, which planes are still to be pulled.
 
 /// Words for `bits` bits.
-pub(super) const fn words(bits: u32) -> usize {
+pub(crate) const fn words(bits: u32) -> usize {
     bits.div_ceil(64) as usize
 }
 
 #[inline]
-pub(super) fn set(map: &mut [u64], bit: u32) {
+pub(crate) fn set(map: &mut [u64], bit: u32) {
     map[(bit / 64) as usize] |= 1 << (bit % 64);
 }
 
 #[inline]
-pub(super) fn clear(map: &mut [u64], bit: u32) {
+pub(crate) fn clear(map: &mut [u64], bit: u32) {
     map[(bit / 64) as usize] &= !(1 << (bit % 64));
 }
 
 /// The first bit from `from` on that is set, or `end`.
-pub(super) fn next_set(map: &[u64], from: u32, end: u32) -> u32 {
+pub(crate) fn next_set(map: &[u64], from: u32, end: u32) -> u32 {
     scan(map, from, end, 0)
 }
 
 /// The first bit from `from` on that is clear, or `end`.
-pub(super) fn next_clear(map: &[u64], from: u32, end: u32) -> u32 {
+pub(crate) fn next_clear(map: &[u64], from: u32, end: u32) -> u32 {
     scan(map, from, end, u64::MAX)
 }
 

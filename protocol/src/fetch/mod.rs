@@ -9,7 +9,7 @@
 //!
 //! Fairness: fetches take turns, one PULL each; within a fetch planes are asked for in order, so that the
 //! first is whole soonest. No store can hold all chunk slots, transfers or memory while there are other stores.
-mod bits;
+pub(crate) mod bits;
 mod chunks;
 mod config;
 mod counters;
@@ -21,7 +21,7 @@ mod rtt;
 mod send;
 mod start;
 mod tables;
-mod tag;
+pub(crate) mod tag;
 mod timers;
 
 pub use config::{ConfigError, FetchConfig};

@@ -1,6 +1,6 @@
 //! One module per packet format. Each checks a packet once; what it returns cannot panic or lie outside it.
 //!
-//! Ethernet, ARP, IP and UDP are in network byte order; [`message`], which is ours, is little-endian.
+//! Ethernet, ARP, IP and UDP are in network byte order; [`message`] and [`offer`], which are ours, are little-endian.
 
 pub mod arp;
 pub mod checksum;
@@ -8,6 +8,7 @@ pub mod ethernet;
 pub mod ipv4;
 pub mod ipv6;
 pub mod message;
+pub mod offer;
 pub mod udp;
 
 /// The `N` bytes from `at`, of a packet that the caller has found to be long enough for a fixed layout.

@@ -1,0 +1,461 @@
+//! The data plane's engine: offers encoded chunks to stores and sends what they pull.
+//!
+//! Sending is [`ServeEngine`]'s work, as in a store; this adds the offers themselves, their repetition and their deadlines.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::Duration;
+
+use crate::fetch::{StoreIndex, tag};
+use crate::frame::Peer;
+use crate::key::Key;
+use crate::reason::DropReason;
+use crate::serve::{ChunkSource, ServeConfig, ServeCounters, ServeEngine};
+use crate::time::Instant;
+use crate::wire::message::{Message, MessageType};
+use crate::wire::offer::{self, Offer, OfferReply, OfferStatus};
+
+use super::rtt::Rtt;
+
+/// While a store pulls, this many timeouts pass without a word from it before the offer is repeated.
+const QUIET_TIMEOUTS: u64 = 8;
+
+/// Budgets of one queue of a data plane. Everything is allocated from them in [`OfferEngine::new`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OfferConfig {
+    /// Chunks offered at once.
+    pub max_offers: u16,
+    /// Least time after which an offer without an answer is repeated.
+    pub rto_min: Duration,
+    /// Most of the same, after doubling.
+    pub rto_max: Duration,
+    /// Limits on what stores may have pulled and not been sent; its `epoch` is the data plane's.
+    pub serve: ServeConfig,
+    /// Differs from run to run, as the epoch.
+    pub seed: u32,
+}
+
+/// A chunk under offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OfferId(u32);
+
+impl OfferId {
+    /// Below `OfferConfig::max_offers`, and different for all under way: the caller's array index.
+    #[inline]
+    pub fn slot(self) -> usize {
+        usize::from(tag::slot_of(self.0))
+    }
+
+    /// What stores call it: the handle given to [`ChunkSource::bytes`].
+    #[inline]
+    pub fn handle(self) -> u32 {
+        self.0
+    }
+}
+
+/// Why an offer was not begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OfferStartError {
+    /// As many are under way as the configuration allows.
+    #[error("all {0} places for offers are taken; wait for one to end")]
+    Full(u16),
+    /// The deadline has passed already.
+    #[error("the deadline has passed already")]
+    DeadlinePassed,
+}
+
+/// Why a chunk is not known to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OfferFailure {
+    /// The deadline came first, and no store had answered.
+    Silent,
+    /// The deadline came first, while the store was busy.
+    Busy,
+    /// The deadline came first, while the store was pulling: it may have it.
+    Deadline,
+    /// The store refused it.
+    Refused(OfferStatus),
+    /// By [`OfferEngine::cancel`].
+    Cancelled,
+}
+
+/// How an offer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OfferEnd {
+    /// The store has it, whole and checked.
+    Stored,
+    /// The store had it before, or so it seems: the answer to the first offer may have been lost.
+    AlreadyStored,
+    /// It is not known to be stored.
+    Failed(OfferFailure),
+}
+
+/// Something that happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OfferEvent {
+    /// Which offer ended. From here on nothing of the chunk is sent.
+    pub offer: OfferId,
+    /// How.
+    pub end: OfferEnd,
+}
+
+/// Whom a message goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OfferTo {
+    /// An offer goes to where the store is known to be.
+    Store(StoreIndex),
+    /// What was pulled goes to where the PULL came from.
+    Peer(Peer),
+}
+
+/// A message to send.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OfferTransmit {
+    /// To whom.
+    pub to: OfferTo,
+    /// Bytes written to `out`.
+    pub header_bytes: usize,
+    /// The chunk's handle and the bytes of it that follow. If the chunk is gone by then, the caller sends nothing.
+    pub payload: Option<(u32, Range<usize>)>,
+}
+
+/// What this engine has done. `datagrams` are the sum of `replies`, the PULLs that `serve` counts, and all drops of both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OfferCounters {
+    /// Chunks that were begun to be offered; the sum of those that ended and those under way.
+    pub begun: u64,
+    /// OFFERs sent.
+    pub offers_sent: u64,
+    /// OFFER_REPLYs accepted.
+    pub replies: u64,
+    /// Ended as stored.
+    pub stored: u64,
+    /// Ended as stored before.
+    pub already_stored: u64,
+    /// Ended otherwise.
+    pub failed: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    /// No store has answered.
+    Offering,
+    /// The store pulls or checks it.
+    UnderWay,
+    /// The store wants to be asked later.
+    Busy,
+    /// Its end waits to be reported.
+    Ended(OfferEnd),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    state: State,
+    id: u32,
+    store: StoreIndex,
+    key: Key,
+    header_bytes: u32,
+    chunk_bytes: u64,
+    deadline: Instant,
+    /// When the offer is to be sent, and when it was sent last; how often since the store was heard.
+    due_at: Instant,
+    sent_at: Instant,
+    backoff: u8,
+    sent: u32,
+}
+
+/// The data plane's side of PUT, for one queue; queues share nothing.
+///
+/// # Call order
+///
+/// [`start`](Self::start) and [`cancel`](Self::cancel) as asked; [`handle_datagram`](Self::handle_datagram) for received payloads
+/// that [`takes`](Self::takes) says are its own; [`handle_timeout`](Self::handle_timeout) once
+/// [`poll_timeout`](Self::poll_timeout) is reached; [`poll_event`](Self::poll_event) and
+/// [`poll_transmit`](Self::poll_transmit) until `None`.
+///
+/// Every offer that was begun ends with exactly one event, by its deadline at the latest. The caller keeps the chunk's bytes
+/// as they are until then, and gives them by handle; afterwards its [`ChunkSource`] must not.
+#[derive(Debug)]
+pub struct OfferEngine {
+    config: OfferConfig,
+    slots: Box<[Slot]>,
+    rtt: Rtt,
+    events: VecDeque<OfferEvent>,
+    serve: ServeEngine,
+    counters: OfferCounters,
+    next_timeout: Instant,
+}
+
+impl OfferEngine {
+    /// An engine with nothing under way. All memory is allocated here.
+    pub fn new(config: OfferConfig) -> OfferEngine {
+        let slot = |slot| Slot {
+            state: State::Free,
+            id: tag::first(slot, config.seed),
+            store: StoreIndex(0),
+            key: Key([0; 32]),
+            header_bytes: 0,
+            chunk_bytes: 0,
+            deadline: Instant::FAR,
+            due_at: Instant::FAR,
+            sent_at: Instant::ZERO,
+            backoff: 0,
+            sent: 0,
+        };
+        OfferEngine {
+            slots: (0..config.max_offers).map(slot).collect(),
+            rtt: Rtt::new(config.rto_min, config.rto_max),
+            events: VecDeque::with_capacity(usize::from(config.max_offers)),
+            serve: ServeEngine::new(config.serve),
+            counters: OfferCounters::default(),
+            next_timeout: Instant::FAR,
+            config,
+        }
+    }
+
+    /// Whether a payload is this engine's to take, of those that a data plane receives.
+    #[inline]
+    pub fn takes(payload: &[u8]) -> bool {
+        const PULL: u8 = MessageType::Pull as u8;
+        matches!(offer::message_type(payload), Some(PULL | offer::OFFER_REPLY))
+    }
+
+    /// Begins to offer a chunk to a store, until `deadline`.
+    ///
+    /// # Errors
+    /// When there is no place for it, or the deadline has passed.
+    pub fn start(
+        &mut self,
+        now: Instant,
+        deadline: Instant,
+        store: StoreIndex,
+        key: &Key,
+        header_bytes: u32,
+        chunk_bytes: u64,
+    ) -> Result<OfferId, OfferStartError> {
+        if deadline <= now {
+            return Err(OfferStartError::DeadlinePassed);
+        }
+        let free = self.slots.iter_mut().find(|slot| slot.state == State::Free);
+        let slot = free.ok_or(OfferStartError::Full(self.config.max_offers))?;
+        *slot = Slot {
+            state: State::Offering,
+            id: tag::next(slot.id),
+            store,
+            key: *key,
+            header_bytes,
+            chunk_bytes,
+            deadline,
+            due_at: now,
+            sent_at: Instant::ZERO,
+            backoff: 0,
+            sent: 0,
+        };
+        let id = OfferId(slot.id);
+        self.counters.begun += 1;
+        self.arm(now);
+        Ok(id)
+    }
+
+    /// Ends an offer early; nothing if it has ended.
+    pub fn cancel(&mut self, offer: OfferId) {
+        if let Some(slot) = self.find(offer.0) {
+            self.end(slot, OfferEnd::Failed(OfferFailure::Cancelled));
+        }
+    }
+
+    /// Takes in a UDP payload that came from `from`, which is `store`. An error is counted already.
+    pub fn handle_datagram(
+        &mut self,
+        now: Instant,
+        store: StoreIndex,
+        from: Peer,
+        payload: &[u8],
+        source: &impl ChunkSource,
+    ) -> Result<(), DropReason> {
+        if offer::message_type(payload) == Some(offer::OFFER_REPLY) {
+            let reply = offer::read_offer_reply(payload)?;
+            return self.handle_reply(now, store, &reply);
+        }
+        let Ok(Message::Pull(pull)) = Message::new_checked(payload) else {
+            return Err(DropReason::BadType);
+        };
+        if pull.range.epoch == self.config.serve.epoch
+            && let Some(slot) = self.find(pull.range.handle)
+        {
+            if self.slots[slot].store != store {
+                return Err(DropReason::WrongStore);
+            }
+            self.heard(now, slot, State::UnderWay);
+        }
+        // The source holds nothing but what is offered, so what has ended is answered with an ERROR.
+        self.serve.handle_datagram(now, from, payload, source)
+    }
+
+    fn handle_reply(
+        &mut self,
+        now: Instant,
+        store: StoreIndex,
+        reply: &OfferReply,
+    ) -> Result<(), DropReason> {
+        let slot = self.find(reply.offer).ok_or(DropReason::Stale)?;
+        if reply.epoch != self.config.serve.epoch {
+            return Err(DropReason::StaleEpoch);
+        }
+        if self.slots[slot].store != store {
+            return Err(DropReason::WrongStore);
+        }
+        self.counters.replies += 1;
+        match reply.status {
+            OfferStatus::UnderWay => self.heard(now, slot, State::UnderWay),
+            OfferStatus::Stored => self.end(slot, OfferEnd::Stored),
+            OfferStatus::AlreadyStored => self.end(slot, OfferEnd::AlreadyStored),
+            OfferStatus::Busy => {
+                self.heard(now, slot, State::Busy);
+                let retry = Duration::from_millis(u64::from(reply.retry_ms)).max(self.config.rto_min);
+                let due_at = now + retry;
+                self.slots[slot].due_at = due_at;
+                self.arm(due_at);
+            }
+            status => self.end(slot, OfferEnd::Failed(OfferFailure::Refused(status))),
+        }
+        Ok(())
+    }
+
+    /// The store works on it: the offer is repeated only once it falls silent.
+    fn heard(&mut self, now: Instant, slot: usize, state: State) {
+        let timeout = self.rtt.timeout(0);
+        let slot = &mut self.slots[slot];
+        if slot.sent == 1 && slot.state == State::Offering {
+            self.rtt.sample(now.nanos().saturating_sub(slot.sent_at.nanos()));
+        }
+        slot.state = state;
+        slot.backoff = 0;
+        slot.due_at = now.plus_nanos(timeout.saturating_mul(QUIET_TIMEOUTS));
+        let due_at = slot.due_at;
+        self.arm(due_at);
+    }
+
+    fn end(&mut self, slot: usize, end: OfferEnd) {
+        let slot = &mut self.slots[slot];
+        slot.state = State::Ended(end);
+        match end {
+            OfferEnd::Stored => self.counters.stored += 1,
+            OfferEnd::AlreadyStored => self.counters.already_stored += 1,
+            OfferEnd::Failed(_) => self.counters.failed += 1,
+        }
+        self.events.push_back(OfferEvent { offer: OfferId(slot.id), end });
+    }
+
+    /// The next end of an offer.
+    pub fn poll_event(&mut self) -> Option<OfferEvent> {
+        let event = self.events.pop_front()?;
+        self.slots[event.offer.slot()].state = State::Free;
+        Some(event)
+    }
+
+    /// When to call [`handle_timeout`](Self::handle_timeout) at the latest.
+    #[inline]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        (self.next_timeout != Instant::FAR).then_some(self.next_timeout)
+    }
+
+    /// Ends offers whose deadline has come. Does nothing before [`poll_timeout`](Self::poll_timeout).
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if now < self.next_timeout {
+            return;
+        }
+        for slot in 0..self.slots.len() {
+            let Slot { state, deadline, .. } = self.slots[slot];
+            let failure = match state {
+                State::Free | State::Ended(_) => continue,
+                State::Offering => OfferFailure::Silent,
+                State::UnderWay => OfferFailure::Deadline,
+                State::Busy => OfferFailure::Busy,
+            };
+            if deadline <= now {
+                self.end(slot, OfferEnd::Failed(failure));
+            }
+        }
+        self.rearm(now);
+    }
+
+    /// Works out the next timeout: that of the first deadline, or of the first offer that is due after `now`.
+    fn rearm(&mut self, now: Instant) {
+        let open = self.slots.iter().filter(|slot| slot.is_open());
+        let times =
+            open.map(|slot| if slot.due_at > now { slot.due_at.min(slot.deadline) } else { slot.deadline });
+        self.next_timeout = times.min().unwrap_or(Instant::FAR);
+    }
+
+    /// Writes the next message, or the header of the next DATA message, to `out`, which must hold
+    /// [`crate::wire::message::MAX_CONTROL_BYTES`].
+    pub fn poll_transmit(&mut self, now: Instant, out: &mut [u8]) -> Option<OfferTransmit> {
+        self.next_offer(now, out).or_else(|| {
+            let sent = self.serve.poll_transmit(now, out)?;
+            let to = OfferTo::Peer(sent.to);
+            Some(OfferTransmit { to, header_bytes: sent.header_bytes, payload: sent.payload })
+        })
+    }
+
+    fn next_offer(&mut self, now: Instant, out: &mut [u8]) -> Option<OfferTransmit> {
+        let index = self.slots.iter().position(|slot| slot.is_open() && slot.due_at <= now)?;
+        let slot = &mut self.slots[index];
+        let left = slot.deadline.since(now).as_millis();
+        let offer = Offer {
+            offer: slot.id,
+            header_bytes: slot.header_bytes,
+            epoch: self.config.serve.epoch,
+            chunk_bytes: slot.chunk_bytes,
+            key: slot.key,
+            patience_ms: u32::try_from(left).unwrap_or(u32::MAX),
+            segment_bytes: self.config.serve.max_segment_bytes,
+        };
+        slot.sent_at = now;
+        slot.sent = slot.sent.saturating_add(1);
+        slot.due_at = now.plus_nanos(self.rtt.timeout(slot.backoff));
+        slot.backoff = slot.backoff.saturating_add(1);
+        let (store, due_at) = (slot.store, slot.due_at);
+        self.arm(due_at);
+        self.counters.offers_sent += 1;
+        let header_bytes = offer::emit_offer(out, &offer)?;
+        Some(OfferTransmit { to: OfferTo::Store(store), header_bytes, payload: None })
+    }
+
+    /// Whether nothing is under way and nothing waits to be sent.
+    pub fn idle(&self) -> bool {
+        self.offers() == 0 && self.serve.idle()
+    }
+
+    /// Offers that have not ended, or whose end was not polled.
+    pub fn offers(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.state != State::Free).count()
+    }
+
+    /// What this engine has done.
+    pub fn counters(&self) -> &OfferCounters {
+        &self.counters
+    }
+
+    /// What was sent for stores' PULLs.
+    pub fn serve_counters(&self) -> &ServeCounters {
+        self.serve.counters()
+    }
+
+    /// The slot of an offer that has not ended.
+    fn find(&self, id: u32) -> Option<usize> {
+        let slot = usize::from(tag::slot_of(id));
+        self.slots.get(slot).filter(|found| found.id == id && found.is_open()).map(|_| slot)
+    }
+
+    fn arm(&mut self, at: Instant) {
+        self.next_timeout = self.next_timeout.min(at);
+    }
+}
+
+impl Slot {
+    fn is_open(&self) -> bool {
+        matches!(self.state, State::Offering | State::UnderWay | State::Busy)
+    }
+}
