@@ -47,13 +47,19 @@ struct Faults {
 #[derive(Default)]
 struct Shelf(HashMap<u32, (Key, Vec<u8>)>);
 
+impl Shelf {
+    pub fn bytes(&self, handle: u32) -> Option<&[u8]> {
+        self.0.get(&handle).map(|(_, bytes)| &bytes[..])
+    }
+}
+
 impl ChunkSource for Shelf {
     fn find(&self, _key: &Key) -> Option<ChunkInfo> {
         None
     }
 
-    fn bytes(&self, handle: u32) -> Option<&[u8]> {
-        self.0.get(&handle).map(|(_, bytes)| &bytes[..])
+    fn chunk_bytes(&self, handle: u32) -> Option<u64> {
+        self.bytes(handle).map(|bytes| bytes.len() as u64)
     }
 }
 

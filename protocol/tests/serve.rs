@@ -13,6 +13,12 @@ struct Shelf(Vec<u8>);
 const KEY: Key = Key([9; 32]);
 const EPOCH: u64 = 77;
 
+impl Shelf {
+    fn bytes(&self, handle: u32) -> Option<&[u8]> {
+        (handle == 3).then_some(&self.0)
+    }
+}
+
 impl ChunkSource for Shelf {
     fn find(&self, key: &Key) -> Option<ChunkInfo> {
         (*key == KEY).then(|| ChunkInfo {
@@ -23,8 +29,8 @@ impl ChunkSource for Shelf {
         })
     }
 
-    fn bytes(&self, handle: u32) -> Option<&[u8]> {
-        (handle == 3).then_some(&self.0)
+    fn chunk_bytes(&self, handle: u32) -> Option<u64> {
+        self.bytes(handle).map(|bytes| bytes.len() as u64)
     }
 }
 

@@ -196,6 +196,15 @@ impl Shelf {
     }
 }
 
+impl Shelf {
+    /// As many bytes as the chunk with this handle has: the network carries sizes only.
+    pub fn bytes(&self, handle: u32) -> Option<&[u8]> {
+        let number = self.number_at(handle)?;
+        let bytes = usize::try_from(self.catalogue.chunks[number as usize].info.chunk_bytes).ok()?;
+        self.catalogue.zeros.get(..bytes)
+    }
+}
+
 impl ChunkSource for Shelf {
     fn find(&self, key: &Key) -> Option<ChunkInfo> {
         let number = number_of(key)?;
@@ -206,9 +215,7 @@ impl ChunkSource for Shelf {
         Some(ChunkInfo { handle, ..self.catalogue.chunks[number as usize].info })
     }
 
-    fn bytes(&self, handle: u32) -> Option<&[u8]> {
-        let number = self.number_at(handle)?;
-        let bytes = usize::try_from(self.catalogue.chunks[number as usize].info.chunk_bytes).ok()?;
-        self.catalogue.zeros.get(..bytes)
+    fn chunk_bytes(&self, handle: u32) -> Option<u64> {
+        self.bytes(handle).map(|bytes| bytes.len() as u64)
     }
 }

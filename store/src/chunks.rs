@@ -155,14 +155,22 @@ impl ChunkStore {
     }
 }
 
+impl ChunkStore {
+    /// The encoded bytes of the chunk with this handle.
+    #[must_use]
+    pub fn bytes(&self, handle: u32) -> Option<&[u8]> {
+        let chunk = self.stored.get(usize::try_from(handle).ok()?)?;
+        self.memory.as_slice().get(chunk.offset..chunk.offset + chunk.bytes)
+    }
+}
+
 impl ChunkSource for ChunkStore {
     fn find(&self, key: &Key) -> Option<ChunkInfo> {
         self.index.get(key).copied()
     }
 
-    fn bytes(&self, handle: u32) -> Option<&[u8]> {
-        let chunk = self.stored.get(usize::try_from(handle).ok()?)?;
-        self.memory.as_slice().get(chunk.offset..chunk.offset + chunk.bytes)
+    fn chunk_bytes(&self, handle: u32) -> Option<u64> {
+        self.bytes(handle).map(|bytes| bytes.len() as u64)
     }
 }
 

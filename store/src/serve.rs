@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use iface::{Counter, Link, Outgoing, Stage};
 use protocol::serve::ServeEngine;
-use protocol::{ChunkSource, Instant};
+use protocol::Instant;
 
 use crate::chunks::ChunkStore;
 

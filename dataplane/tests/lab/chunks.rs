@@ -112,12 +112,18 @@ fn info(bytes: &[u8], handle: u32) -> ChunkInfo {
     }
 }
 
+impl Library {
+    fn bytes(&self, handle: u32) -> Option<&[u8]> {
+        self.chunks.get(usize::try_from(handle).ok()?).map(Vec::as_slice)
+    }
+}
+
 impl ChunkSource for Library {
     fn find(&self, key: &Key) -> Option<ChunkInfo> {
         self.index.get(key).copied()
     }
 
-    fn bytes(&self, handle: u32) -> Option<&[u8]> {
-        self.chunks.get(usize::try_from(handle).ok()?).map(Vec::as_slice)
+    fn chunk_bytes(&self, handle: u32) -> Option<u64> {
+        self.bytes(handle).map(|bytes| bytes.len() as u64)
     }
 }

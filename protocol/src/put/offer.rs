@@ -46,7 +46,7 @@ impl OfferId {
         usize::from(tag::slot_of(self.0))
     }
 
-    /// What stores call it: the handle given to [`ChunkSource::bytes`].
+    /// What stores call it: the handle given to [`ChunkSource::chunk_bytes`].
     #[inline]
     pub fn handle(self) -> u32 {
         self.0

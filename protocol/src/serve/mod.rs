@@ -26,8 +26,8 @@ use turns::{Full, PendingPull, Turns};
 pub trait ChunkSource {
     /// What is known of the chunk with this key.
     fn find(&self, key: &Key) -> Option<ChunkInfo>;
-    /// The encoded bytes of the chunk with this handle.
-    fn bytes(&self, handle: u32) -> Option<&[u8]>;
+    /// How many encoded bytes the chunk with this handle has, as long as it is held.
+    fn chunk_bytes(&self, handle: u32) -> Option<u64>;
 }
 
 /// Limits of a store's engine.
@@ -315,7 +315,7 @@ impl ServeEngine {
         if range.epoch != self.config.epoch {
             return Err(ErrorCode::StaleEpoch);
         }
-        let held = source.bytes(range.handle).ok_or(ErrorCode::UnknownHandle)?.len() as u64;
+        let held = source.chunk_bytes(range.handle).ok_or(ErrorCode::UnknownHandle)?;
         let size = range.segment_bytes;
         if size == 0
             || !size.is_multiple_of(SEGMENT_ALIGN)

@@ -133,13 +133,19 @@ impl Library {
     }
 }
 
+impl Library {
+    pub fn bytes(&self, handle: u32) -> Option<&[u8]> {
+        let (key, chunk) = self.chunks.get(handle as usize)?;
+        self.by_key.contains_key(key).then_some(&chunk.bytes)
+    }
+}
+
 impl ChunkSource for Library {
     fn find(&self, key: &Key) -> Option<ChunkInfo> {
         self.get(key).map(|chunk| chunk.info)
     }
 
-    fn bytes(&self, handle: u32) -> Option<&[u8]> {
-        let (key, chunk) = self.chunks.get(handle as usize)?;
-        self.by_key.contains_key(key).then_some(&chunk.bytes)
+    fn chunk_bytes(&self, handle: u32) -> Option<u64> {
+        self.bytes(handle).map(|bytes| bytes.len() as u64)
     }
 }

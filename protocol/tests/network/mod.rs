@@ -267,7 +267,6 @@ impl World {
             let Some(transmit) = node.engine.poll_transmit(now, &mut out) else { break };
             let mut message = out[..transmit.header_bytes].to_vec();
             if let Some((handle, range)) = transmit.payload {
-                use protocol::ChunkSource as _;
                 let Some(bytes) = node.library.bytes(handle) else { continue };
                 message.extend_from_slice(&bytes[range]);
             }
