@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use iface::{Counter, Link, Outgoing, Stage};
-use protocol::serve::ServeEngine;
 use protocol::Instant;
+use protocol::serve::ServeEngine;
 
 use crate::chunks::ChunkStore;
 
