@@ -20,7 +20,7 @@ pub(crate) struct Flags {
     /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
     #[arg(long, value_name = "CODEC", default_value = "int4")]
     codec: Codec,
-    /// How codes are compressed: zstd, or none (larger, and several times faster to decode)
+    /// How codes are compressed: zstd, none (larger, and several times faster to decode), or deflate (for compression devices)
     #[arg(long, value_name = "COMPRESSION", default_value = "zstd")]
     compression: Compression,
     /// zstd level: higher is smaller and slower to encode

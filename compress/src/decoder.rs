@@ -96,6 +96,14 @@ pub enum DecodeError {
         /// Bytes behind the length.
         payload_bytes: usize,
     },
+    /// What was decompressed elsewhere is not what the plane's section stands for, or the plane has no such section.
+    #[error("{got_bytes} decompressed bytes for a plane whose section stands for {expected_bytes}")]
+    Decompressed {
+        /// Bytes handed in.
+        got_bytes: usize,
+        /// What the section stands for.
+        expected_bytes: usize,
+    },
     /// A compressed section is unreadable.
     #[error(transparent)]
     Frame(#[from] FrameError),
@@ -235,6 +243,56 @@ impl Decoder {
         self.decode_linearized(shape, entry, out_dtype, out)
     }
 
+    /// Checks length and CRC32C of an encoded plane where its pieces lie, without copying them.
+    ///
+    /// # Errors
+    /// More or fewer bytes than the entry says, or other bytes than the checksum was made of.
+    pub fn check_segments<'s>(
+        segments: impl IntoIterator<Item = &'s [u8]>,
+        entry: &PlaneEntry,
+    ) -> Result<(), DecodeError> {
+        let (mut got_bytes, mut computed) = (0, 0);
+        for segment in segments {
+            got_bytes += segment.len();
+            computed = checksum::crc32c_append(computed, segment);
+        }
+        if u32::try_from(got_bytes) != Ok(entry.bytes) {
+            return Err(DecodeError::Length { got_bytes, expected_bytes: entry.bytes });
+        }
+        compare_crc(computed, entry)
+    }
+
+    /// Decodes a plane whose checksum was found to be right by [`Decoder::check_segments`] and whose section
+    /// ([`PlaneEntry::section`]) somebody else has decompressed to `section`. Of the pieces only what is in front of the section is read.
+    ///
+    /// # Errors
+    /// As [`Decoder::decode`], but for the checksum; nothing is then written to `out`.
+    pub fn decode_decompressed<'s>(
+        &mut self,
+        shape: &Shape,
+        entry: &PlaneEntry,
+        segments: impl IntoIterator<Item = &'s [u8]>,
+        section: &[u8],
+        out_dtype: impl Into<OutDtype>,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        let out_dtype = out_dtype.into();
+        let layout = self.check(shape, entry, out_dtype, out)?;
+        let no_section =
+            DecodeError::Decompressed { got_bytes: section.len(), expected_bytes: layout.section_bytes };
+        let (Some(codes), Some(scale_dtype)) = (layout.codes, entry.scale_dtype) else {
+            return Err(no_section);
+        };
+        if section.len() != layout.section_bytes {
+            return Err(no_section);
+        }
+        self.linearized = None;
+        let front = copy_front(segments, &mut self.linear[..layout.before_section()])
+            .map_err(|got_bytes| DecodeError::Length { got_bytes, expected_bytes: entry.bytes })?;
+        let parts = QuantizedParts::split(&layout, codes, scale_dtype, front);
+        self.inner.dequantize(shape, entry, &parts, Some(section), out_dtype, out)
+    }
+
     /// Checks and decodes a plane whose encoded bytes lie in one piece.
     ///
     /// `out` takes [`Shape::elements_per_plane`] elements of `out_dtype`: `[tokens, kv_heads, head_dim]` row-major,
@@ -307,11 +365,31 @@ pub(crate) fn check_entry(shape: &Shape, entry: &PlaneEntry) -> Result<Layout, D
 }
 
 pub(crate) fn check_crc(encoded: &[u8], entry: &PlaneEntry) -> Result<(), DecodeError> {
-    let computed = checksum::crc32c(encoded);
+    compare_crc(checksum::crc32c(encoded), entry)
+}
+
+fn compare_crc(computed: u32, entry: &PlaneEntry) -> Result<(), DecodeError> {
     if computed == entry.crc32c {
         return Ok(());
     }
     Err(DecodeError::Crc { computed, stored: entry.crc32c })
+}
+
+/// Copies the first bytes of the pieces, as many as `front` has; an error says how many there were.
+fn copy_front<'f, 's>(
+    segments: impl IntoIterator<Item = &'s [u8]>,
+    front: &'f mut [u8],
+) -> Result<&'f [u8], usize> {
+    let mut filled = 0;
+    for segment in segments {
+        let bytes = segment.len().min(front.len() - filled);
+        front[filled..filled + bytes].copy_from_slice(&segment[..bytes]);
+        filled += bytes;
+        if filled == front.len() {
+            break;
+        }
+    }
+    if filled < front.len() { Err(filled) } else { Ok(front) }
 }
 
 impl Inner {
@@ -328,7 +406,7 @@ impl Inner {
         match (layout.codes, entry.scale_dtype) {
             (Some(codes), Some(scale_dtype)) => {
                 let parts = QuantizedParts::split(layout, codes, scale_dtype, encoded);
-                return self.decode_quantized(shape, entry, &parts, out_dtype, out);
+                return self.dequantize(shape, entry, &parts, None, out_dtype, out);
             }
             _ if entry.codec == Codec::Lossless => {
                 let (high_section, low_section) = lossless_sections(encoded)?;
@@ -343,18 +421,23 @@ impl Inner {
         Ok(())
     }
 
-    fn decode_quantized(
+    /// Decodes a quantized plane, whose section somebody else may have decompressed.
+    fn dequantize(
         &mut self,
         shape: &Shape,
         entry: &PlaneEntry,
         parts: &QuantizedParts<'_>,
+        section: Option<&[u8]>,
         out_dtype: OutDtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
         let Self { sections, decompressed, row, scales, offsets } = self;
         let divisor = out_dtype.divisor().unwrap_or(1.0);
         let (scales, offsets) = parts.groups.widen(usize::from(shape.kv_heads), divisor, scales, offsets)?;
-        let section = sections.read(entry.compression, parts.section, parts.section_bytes, decompressed)?;
+        let section = match section {
+            Some(section) => section,
+            None => sections.read(entry.compression, parts.section, parts.section_bytes, decompressed)?,
+        };
         let job = Job {
             packing: parts.codes.packing,
             plain: parts.plain,

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use serde::Serialize;
 
+use crate::decoder::{DecodeError, check_entry};
+use crate::offload::Section;
 use crate::payload::{Layout, LayoutError};
 use crate::{Codec, Compression, Dtype, MAX_PLANES, PlaneCodec, Quantizer, Shape, ShapeError, checksum};
 
@@ -310,6 +312,27 @@ impl PlaneEntry {
         }
         let &Self { codec, compression, bins, .. } = self;
         Layout::new(shape, PlaneCodec { codec, compression, bins }, self.quantizer)
+    }
+
+    /// The compressed section of the plane, if it has exactly one: `None` where it is stored, and for the exact codecs.
+    ///
+    /// # Errors
+    /// When the entry can't describe a plane of this shape.
+    pub fn section(&self, shape: &Shape) -> Result<Option<Section>, DecodeError> {
+        let layout = check_entry(shape, self)?;
+        let encoded_bytes = usize::try_from(self.bytes).unwrap_or(usize::MAX);
+        let stored = encoded_bytes == layout.max_bytes || self.compression == Compression::None;
+        if layout.codes.is_none() || stored {
+            return Ok(None);
+        }
+        let start = layout.before_section();
+        let compressed_bytes = encoded_bytes - start;
+        Ok(Some(Section {
+            compression: self.compression,
+            start,
+            compressed_bytes,
+            bytes: layout.section_bytes,
+        }))
     }
 
     /// The entry as it stands in a table.

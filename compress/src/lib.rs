@@ -7,6 +7,7 @@
 //! - [`Encoder`] turns the planes of a chunk into one byte string.
 //! - [`ChunkView`] reads the header and the table of planes without allocating; [`ChunkHeader`] is its owned copy.
 //! - [`Decoder`] checks, decompresses and dequantizes one plane, without allocating.
+//! - [`Offload`] is what decompresses in the decoder's stead: a device.
 //! - [`mod@reference`] says the same slowly, as the oracle of tests and of the demo.
 //!
 //! Arrows: nothing here knows of sockets, packets or DPDK.
@@ -21,6 +22,7 @@ mod encoder;
 mod format;
 mod groups;
 mod lossless;
+mod offload;
 mod packing;
 mod payload;
 mod quantize;
@@ -38,6 +40,7 @@ pub use format::{
     ENTRY_BYTES, FIXED_HEADER_BYTES, FORMAT_VERSION, FormatError, MAGIC, MAX_CHUNK_BYTES, MAX_HEADER_BYTES,
     PlaneEntry, header_bytes,
 };
+pub use offload::{Offload, Section, Untaken};
 pub use payload::{LayoutError, max_encoded_bytes};
 pub use reference::reference_decode;
 pub use section::FrameError;

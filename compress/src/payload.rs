@@ -105,6 +105,11 @@ pub(crate) struct Codes {
 }
 
 impl Layout {
+    /// Bytes in front of the section of a quantized plane.
+    pub(crate) const fn before_section(&self) -> usize {
+        self.scale_bytes + self.offset_bytes + self.plain_bytes
+    }
+
     /// The layout of a plane of this shape; `shape` has passed [`Shape::check`].
     pub(crate) fn new(shape: &Shape, plane: PlaneCodec, quantizer: Quantizer) -> Result<Self, LayoutError> {
         let PlaneCodec { codec, compression, bins } = plane;

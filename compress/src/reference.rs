@@ -6,6 +6,7 @@
 use crate::decoder::{check_crc, check_entry, check_out_dtype, lossless_sections};
 use crate::format::PlaneEntry;
 use crate::payload::Layout;
+use crate::section::check_deflate;
 use crate::{
     Codec, Compression, DecodeError, Dtype, EncodeError, FrameError, OutDtype, PlaneCodec, Quantizer, Shape,
     Side,
@@ -346,6 +347,11 @@ fn section(section: &[u8], compression: Compression, expected_bytes: usize) -> R
         Compression::None => return Err(FrameError::Uncompressed { got_bytes, expected_bytes }),
         Compression::Zstd => zstd_safe::decompress(&mut bytes[..], section)
             .map_err(|code| FrameError::Zstd(zstd_safe::get_error_name(code)))?,
+        Compression::Deflate => {
+            let result = libdeflater::Decompressor::new().deflate_decompress(section, &mut bytes);
+            check_deflate(result, expected_bytes)?;
+            expected_bytes
+        }
     };
     if written != expected_bytes {
         return Err(FrameError::ContentSize { got_bytes: Some(written as u64), expected_bytes });

@@ -5,6 +5,7 @@
 //!
 //! A further compression is one more arm in [`SectionWriter::write`] and in [`SectionReader::read`].
 
+use libdeflater::{CompressionLvl, Compressor, DecompressionError, Decompressor};
 use zstd_safe::{CCtx, CParameter, DCtx, ErrorCode, ParamSwitch};
 
 use crate::Compression;
@@ -53,6 +54,43 @@ pub enum FrameError {
     /// zstd refuses the frame.
     #[error("zstd can't decompress a frame: {0}")]
     Zstd(&'static str),
+    /// The section is no Deflate stream.
+    #[error("a section is no Deflate stream: bad data, or it ends too early")]
+    Deflate,
+    /// A Deflate stream holds more or fewer bytes than it must.
+    #[error("a Deflate stream holds {}, it must hold {expected_bytes} bytes", DeflateBytes(*got_bytes))]
+    DeflateSize {
+        /// Bytes in it; `None` if they are more than must be.
+        got_bytes: Option<usize>,
+        /// Bytes that it must give.
+        expected_bytes: usize,
+    },
+}
+
+struct DeflateBytes(Option<usize>);
+
+impl std::fmt::Display for DeflateBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(bytes) => write!(f, "{bytes} bytes"),
+            None => f.write_str("more"),
+        }
+    }
+}
+
+/// What a decompression that gave `result` gave, if it is not exactly `expected_bytes`.
+pub(crate) fn check_deflate(
+    result: Result<usize, DecompressionError>,
+    expected_bytes: usize,
+) -> Result<(), FrameError> {
+    match result {
+        Ok(got) if got == expected_bytes => Ok(()),
+        Ok(got) => Err(FrameError::DeflateSize { got_bytes: Some(got), expected_bytes }),
+        Err(DecompressionError::InsufficientSpace) => {
+            Err(FrameError::DeflateSize { got_bytes: None, expected_bytes })
+        }
+        Err(DecompressionError::BadData) => Err(FrameError::Deflate),
+    }
 }
 
 fn zstd_error(code: ErrorCode) -> FrameError {
@@ -68,8 +106,12 @@ pub(crate) enum Content {
     FloatBytes,
 }
 
+/// Level of Deflate. Codes have skew and hardly any repeats: `docs/CODEC.md` has what other levels give.
+const DEFLATE_LEVEL: i32 = 1;
+
 /// Writes sections; reuses its context and buffer.
 pub(crate) struct SectionWriter {
+    deflate: Option<Compressor>,
     zstd: Result<CCtx<'static>, &'static str>,
     zstd_level: i32,
     scratch: Vec<u8>,
@@ -78,7 +120,7 @@ pub(crate) struct SectionWriter {
 impl SectionWriter {
     /// A writer that compresses codes with zstd at `zstd_level`.
     pub(crate) fn new(zstd_level: i32) -> Self {
-        Self { zstd: zstd_context(), zstd_level, scratch: Vec::new() }
+        Self { deflate: None, zstd: zstd_context(), zstd_level, scratch: Vec::new() }
     }
 
     /// Appends `bytes` to `out` as one section, compressed if that is shorter.
@@ -99,8 +141,19 @@ impl SectionWriter {
                 return Ok(());
             }
             Compression::Zstd => self.write_frame(content, bytes)?,
+            Compression::Deflate => self.write_deflate(bytes)?,
         }
         out.extend_from_slice(if self.scratch.len() < bytes.len() { &self.scratch } else { bytes });
+        Ok(())
+    }
+
+    /// Compresses `bytes` into the empty scratch.
+    fn write_deflate(&mut self, bytes: &[u8]) -> Result<(), &'static str> {
+        let level = CompressionLvl::new(DEFLATE_LEVEL).unwrap_or_default();
+        let deflate = self.deflate.get_or_insert_with(|| Compressor::new(level));
+        self.scratch.resize(deflate.deflate_compress_bound(bytes.len()), 0);
+        let written = deflate.deflate_compress(bytes, &mut self.scratch);
+        self.scratch.truncate(written.map_err(|_| "Deflate outgrew its own bound")?);
         Ok(())
     }
 
@@ -136,17 +189,21 @@ fn zstd_context() -> Result<CCtx<'static>, &'static str> {
 /// Reads sections; everything it needs is allocated when it is made.
 pub(crate) struct SectionReader {
     zstd: DCtx<'static>,
+    deflate: Decompressor,
 }
+
+/// Bytes of libdeflate's decompressor, which does not tell: Huffman tables of 2342, 402 and 128 entries and what they are made of.
+const DEFLATE_BYTES: usize = 12 << 10;
 
 impl SectionReader {
     /// Panics when memory runs out.
     pub(crate) fn new() -> Self {
-        Self { zstd: DCtx::create() }
+        Self { zstd: DCtx::create(), deflate: Decompressor::new() }
     }
 
     /// Bytes of memory held.
     pub(crate) fn size(&self) -> usize {
-        self.zstd.sizeof()
+        self.zstd.sizeof() + DEFLATE_BYTES
     }
 
     /// The `expected_bytes` bytes of a section: the section itself if stored, else decompressed into the front of
@@ -169,6 +226,9 @@ impl SectionReader {
         match compression {
             Compression::None => return Err(FrameError::Uncompressed { got_bytes, expected_bytes }),
             Compression::Zstd => self.read_frame(section, out)?,
+            Compression::Deflate => {
+                check_deflate(self.deflate.deflate_decompress(section, out), expected_bytes)?
+            }
         }
         Ok(out)
     }
