@@ -95,6 +95,7 @@ fn config(flags: &RxFlags) -> anyhow::Result<Config> {
         slots: 1,
         slot_bytes: 1 << 20,
         pages: flags.eal.pages(),
+        compress_dev: None,
         window_segments: flags.window,
         max_fetches: 4,
         max_chunks: 2048,

@@ -52,6 +52,9 @@ pub(crate) struct PipelineFlags {
     /// Size of a slot, in KiB: the largest decoded plane (256 tokens of one layer's K or V)
     #[arg(long, value_name = "KIB", default_value_t = 1024)]
     pub(crate) slot_kib: usize,
+    /// Compression device that decompresses Deflate planes: compress_isal, compress_zlib or a BlueField's PCI address
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) compress_dev: Option<String>,
     /// Packets that may be asked for and not have arrived, over all queues
     #[arg(long, value_name = "PACKETS", default_value_t = 512)]
     pub(crate) window: u32,
@@ -83,6 +86,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         slots: flags.pipeline.slots.unwrap_or_else(|| flags.pipeline.lcores.default_slots()),
         slot_bytes: flags.pipeline.slot_kib << 10,
         pages: flags.eal.pages(),
+        compress_dev: flags.pipeline.compress_dev.clone(),
         window_segments: flags.pipeline.window,
         max_fetches: flags.pipeline.max_fetches,
         max_chunks: flags.pipeline.max_chunks,

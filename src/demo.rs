@@ -43,9 +43,12 @@ pub(crate) struct Flags {
     /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
     #[arg(long, value_name = "CODEC", default_value = "int4")]
     codec: Codec,
-    /// How codes are compressed: zstd, or none (larger, and several times faster to decode)
+    /// How codes are compressed: zstd, none (larger, and several times faster to decode), or deflate (for compression devices)
     #[arg(long, value_name = "COMPRESSION", default_value = "zstd")]
     compression: Compression,
+    /// Compression device of the data plane: compress_isal, compress_zlib or a BlueField's PCI address
+    #[arg(long, value_name = "DEVICE")]
+    compress_dev: Option<String>,
     /// Where to write what arrived
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -103,6 +106,7 @@ struct Stage<'a> {
     folder: &'a Path,
     socket: PathBuf,
     codec: PlaneCodec,
+    compress_dev: Option<String>,
     placement: Placement,
     store_cpu: usize,
     quiet: bool,
@@ -118,7 +122,8 @@ impl<'a> Stage<'a> {
         };
         let socket = folder.join("control.sock");
         let codec = PlaneCodec { compression: flags.compression, ..flags.codec.into() };
-        Ok(Self { input, folder, socket, codec, placement, store_cpu, quiet: flags.json })
+        let compress_dev = flags.compress_dev.clone();
+        Ok(Self { input, folder, socket, codec, compress_dev, placement, store_cpu, quiet: flags.json })
     }
 
     fn say(&self, text: &str) {
@@ -274,22 +279,12 @@ impl TwoProcesses {
             ],
         )?;
         let store_address = format!("10.99.0.1:{STORE_UDP_PORT}");
-        let dataplane = Process::start(
-            "dataplane",
-            stage,
-            &[
-                "--lcores",
-                &placement,
-                "--ip",
-                DATA_PLANE_IP,
-                "--port",
-                &memif("server"),
-                "--store",
-                &store_address,
-                "--socket",
-                &stage.socket.to_string_lossy(),
-            ],
-        )?;
+        let socket = stage.socket.to_string_lossy();
+        let port = memif("server");
+        let mut arguments = vec!["--lcores", &placement, "--ip", DATA_PLANE_IP, "--port", &port];
+        arguments.extend(["--store", &store_address, "--socket", &socket]);
+        arguments.extend(stage.compress_dev.iter().flat_map(|device| ["--compress-dev", device.as_str()]));
+        let dataplane = Process::start("dataplane", stage, &arguments)?;
         Ok(Self { store, dataplane })
     }
 }
@@ -426,6 +421,7 @@ impl OneProcess {
             slots: stage.placement.default_slots(),
             slot_bytes: 1 << 20,
             pages: PageChoice::Base,
+            compress_dev: stage.compress_dev.clone(),
             window_segments: 512,
             max_fetches: 16,
             max_chunks: 4096,

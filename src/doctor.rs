@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use dpdk::{CompressDev, Eal, EalConfig, LogLevel};
 use serde_json::{Map, Value, json};
 
 #[derive(Debug, Args)]
@@ -31,7 +32,16 @@ struct Finding {
 }
 
 pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
-    let findings = [dpdk(), drivers(), hugepages(), numa(), isolated_cores(), cpu_features(), cuda()];
+    let findings = [
+        dpdk(),
+        drivers(),
+        compress_devices(),
+        hugepages(),
+        numa(),
+        isolated_cores(),
+        cpu_features(),
+        cuda(),
+    ];
     if flags.json {
         println!("{}", to_json(&findings));
         return Ok(ExitCode::SUCCESS);
@@ -72,6 +82,40 @@ fn drivers() -> Finding {
         found: drivers.join(" "),
         advice: "this binary was linked without drivers: build it again with `make build`",
     }
+}
+
+/// What the linked compression drivers can do; those of hardware cannot be asked without its address.
+fn compress_devices() -> Finding {
+    let config = EalConfig {
+        huge: false,
+        memory_mib: Some(32),
+        file_prefix: format!("shadowserve-doctor-{}", std::process::id()),
+        log_level: LogLevel::Error,
+        extra: vec!["--no-pci".into()],
+        ..EalConfig::default()
+    };
+    let advice = "planes are decompressed on the lcores; for compress_isal: apt-get install libisal2";
+    let finding = |grade, found| Finding { name: "compress", grade, found, advice };
+    let eal = match Eal::start(&config) {
+        Ok(eal) => eal,
+        Err(error) => return finding(Grade::Lacking, error.to_string()),
+    };
+    let mut all_work = true;
+    let told: Vec<String> = dpdk::drivers()
+        .iter()
+        .filter(|driver| driver.starts_with("compress_"))
+        .map(|driver| match driver.as_str() {
+            "compress_mlx5" => "compress_mlx5: give a BlueField's PCI address to --compress-dev".to_owned(),
+            name => CompressDev::probe(&eal, name).map_or_else(
+                |error| {
+                    all_work = false;
+                    format!("{name}: {error}")
+                },
+                |capabilities| format!("{name}: {capabilities}"),
+            ),
+        })
+        .collect();
+    finding(graded(all_work && !told.is_empty()), told.join("; "))
 }
 
 fn hugepages() -> Finding {

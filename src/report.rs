@@ -57,6 +57,7 @@ impl Report {
             "memory": self.stats["memory"],
             "lcores": self.stats["lcores"],
             "port": self.stats["port"],
+            "compress_device": self.stats["compress_device"],
         })
     }
 
@@ -82,6 +83,20 @@ impl Report {
             let span_stats = &self.stats["stages"][span];
             let us = |name: &str| format!("{:.1}", span_stats[name].as_f64().unwrap_or(f64::NAN));
             table.add_row([span.into(), us("p50_us"), us("p99_us"), span_stats["count"].to_string()]);
+        }
+        println!("{table}");
+        self.print_device();
+    }
+
+    /// Who decompressed, where a compression device was asked for.
+    fn print_device(&self) {
+        let device = &self.stats["compress_device"];
+        let (Some(name), Some(counters)) = (device["name"].as_str(), device["counters"].as_object()) else {
+            return;
+        };
+        let mut table = new_table(&[&format!("{name}, since its start"), "count"]);
+        for (counter, count) in counters {
+            table.add_row([counter.replace('_', " "), count.to_string()]);
         }
         println!("{table}");
     }

@@ -86,7 +86,7 @@ fn refusals_name_what_is_wrong_and_what_to_do() {
                 "--load",
                 "x",
                 "--codec",
-                "int5",
+                "int6",
                 "--port",
                 "net_null0",
                 "--ip",
@@ -135,6 +135,13 @@ fn doctor_says_what_there_is() {
         "compress_mlx5",
     ] {
         assert!(drivers.contains(driver), "{driver} is not linked: {drivers}");
+    }
+    let compress = report["compress"]["found"].as_str().unwrap();
+    assert!(
+        compress.contains("compress_zlib: deflate (window 2^8 to 2^15") && compress.contains("compress_mlx5")
+    );
+    if dpdk::isal_available() {
+        assert!(compress.contains("compress_isal: deflate (window 2^15, chains in and out"), "{compress}");
     }
     for name in ["hugepages", "numa", "isolated cores", "cpu", "cuda"] {
         assert!(report[name]["found"].is_string(), "{name}");

@@ -32,6 +32,8 @@ pub struct Config {
     pub slot_bytes: usize,
     /// Pages that the slots lie in.
     pub pages: PageChoice,
+    /// The compression device that decompresses what it can, if there is one to be used.
+    pub compress_dev: Option<String>,
     /// Credit: packets asked for and not arrived, over all queues.
     pub window_segments: u32,
     /// Fetches carried out at once; more wait.

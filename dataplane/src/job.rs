@@ -102,6 +102,8 @@ pub(crate) struct PlaneJob {
     pub(crate) segments: Box<[Option<Mbuf>]>,
     /// Packets of this plane, once all have arrived.
     pub(crate) segment_count: usize,
+    /// Those of them, chained, that a compression device reads or has read.
+    pub(crate) tail: Option<Mbuf>,
     /// The decoded plane, between decode and dma.
     pub(crate) slot: Option<Box<Slot>>,
     /// Bytes of the decoded plane.
@@ -119,8 +121,40 @@ impl PlaneJob {
         Box::new(Self { queue, segments, ..Self::default() })
     }
 
+    /// The encoded plane, piece by piece.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+        let packets = self.segments[..self.segment_count].iter().flatten().map(Mbuf::data);
+        packets.chain(self.tail.iter().flat_map(Mbuf::segments))
+    }
+
+    /// Chains the packets from the one that holds byte `start` of the encoded plane on and takes them out, with where in the first of them that
+    /// byte lies. `None`, and nothing is changed, if there is no such byte or the packets are too many for a chain.
+    pub(crate) fn take_tail(&mut self, start: usize) -> Option<(Mbuf, usize)> {
+        let mut offset = start;
+        let mut packets = self.segments[..self.segment_count].iter().flatten();
+        let first = packets.position(|packet| {
+            let is_here = offset < packet.data().len();
+            offset -= if is_here { 0 } else { packet.data().len() };
+            is_here
+        })?;
+        if self.segment_count - first > usize::from(u16::MAX) {
+            return None;
+        }
+        // From the back: a chain is appended to a single buffer, whose end need not be looked for.
+        let mut tail: Option<Mbuf> = None;
+        for packet in self.segments[first..self.segment_count].iter_mut().rev() {
+            let Some(mut packet) = packet.take() else { continue };
+            if let Some(rest) = tail {
+                assert!(packet.chain(rest).is_ok(), "no more buffers than a chain can have");
+            }
+            tail = Some(packet);
+        }
+        tail.map(|tail| (tail, offset))
+    }
+
     /// Gives the packets back to their pool.
     pub(crate) fn drop_segments(&mut self) {
+        self.tail = None;
         self.segments.iter_mut().for_each(|segment| *segment = None);
         self.segment_count = 0;
     }

@@ -1,8 +1,8 @@
 //! The data plane: fetches encoded planes from a store over DPDK, decodes them and delivers them into the memory of
 //! serving processes.
 //!
-//! In the order of a plane's way: [`rx`] receives its packets, [`decode`] turns them into the decoded plane in a slot,
-//! [`dma`] copies the slot to its place, and [`rx`] tells the engine. [`pipeline`] makes and places these stages;
+//! In the order of a plane's way: [`rx`] receives its packets, [`decode`] turns them into the decoded plane in a slot
+//! (decompressing by a device, [`offload`], where there is one), [`dma`] copies the slot to its place, and [`rx`] tells the engine. [`pipeline`] makes and places these stages;
 //! [`control_thread`] talks to the serving processes and keeps [`fetches`], everything under way.
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,7 @@ mod fetches;
 mod job;
 mod latency;
 mod metrics;
+mod offload;
 mod pipeline;
 mod placement;
 pub mod receive_only;
@@ -78,6 +79,9 @@ fn serve(
         pipeline.slot_pages,
         config.socket.display(),
     );
+    if let Some(device) = &pipeline.compress_dev {
+        info!("compression device {}: {}", device.name(), device.capabilities());
+    }
     ControlThread::new(listener, pipeline, fetches).run(eal, stop);
     Ok(())
 }

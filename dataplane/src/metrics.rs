@@ -15,6 +15,7 @@ pub(crate) fn report(pipeline: &Pipeline, latencies: &Latencies, clients: usize)
         "memory": memory(pipeline),
         "lcores": lcores(pipeline),
         "port": port(pipeline),
+        "compress_device": compress_device(pipeline),
     })
 }
 
@@ -88,6 +89,25 @@ fn port(pipeline: &Pipeline) -> Value {
         "tx_packets": stats.tx_packets,
         "tx_bytes": stats.tx_bytes,
         "tx_errors": stats.tx_errors,
+    })
+}
+
+/// Null without a device.
+fn compress_device(pipeline: &Pipeline) -> Value {
+    let Some(device) = &pipeline.compress_dev else { return Value::Null };
+    let mut counts = Map::new();
+    for counters in &pipeline.offloads {
+        for (name, counter) in counters.named() {
+            add(&mut counts, name, &json!(counter.get()));
+        }
+    }
+    json!({
+        "name": device.name(),
+        "driver": device.capabilities().driver,
+        "hardware": device.capabilities().hardware,
+        "reads_chains": device.reads_chains(),
+        "max_output_bytes": device.max_output_bytes(),
+        "counters": counts,
     })
 }
 

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use arrayvec::ArrayVec;
 use compress::Decoder;
-use dpdk::{Eal, LaunchError, Pool, Port, Ring, RingError, RingMode};
+use dpdk::{
+    CompressDev, CompressError, CompressQueue, Eal, LaunchError, Pool, Port, Ring, RingError, RingMode,
+};
 use gpu_dma::HostRing;
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
 use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
@@ -16,11 +18,12 @@ use protocol::{FetchConfig, FetchEngine};
 
 use crate::chunk_layout::EncodedChunks;
 use crate::config::{Config, ConfigError};
-use crate::decode::{DecodeRings, DecodeStage};
+use crate::decode::{DecodeDevice, DecodeRings, DecodeStage, OffloadCounters};
 use crate::dma::{DmaRings, DmaStage};
 use crate::fetches::{FetchLimits, Fetches, QueueEnds};
 use crate::job::PlaneJob;
 use crate::latency::Latencies;
+use crate::offload::{DeviceOffload, device_config};
 use crate::placement::StageKind;
 use crate::rx::{Parts, PlaneCounters, Planes, RxRings, RxStage, StoreAddress};
 
@@ -45,6 +48,9 @@ pub enum BuildError {
     /// a ring could not be made
     #[error(transparent)]
     Ring(#[from] RingError),
+    /// the compression device could not be opened
+    #[error(transparent)]
+    Compress(#[from] CompressError),
     /// an lcore could not be started
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -91,6 +97,9 @@ pub(crate) struct Pipeline {
     pub(crate) decode_backlog: Ring<Box<PlaneJob>>,
     pub(crate) scratch_bytes: usize,
     pub(crate) clock: Clock,
+    /// The compression device, and what each decode lcore counts about it.
+    pub(crate) compress_dev: Option<CompressDev>,
+    pub(crate) offloads: Vec<Arc<OffloadCounters>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -227,7 +236,8 @@ impl Pipeline {
         let scratch_bytes = Decoder::new(config.slot_bytes).scratch_bytes();
         let stop = Arc::new(AtomicBool::new(false));
         let lcore_control = LcoreControl { stop: Arc::clone(&stop), clock, idle_sleep: config.idle_sleep };
-        let lcores = builder.launch(rx_stages, &lcore_control)?;
+        let (compress_dev, devices, offloads) = builder.devices()?;
+        let lcores = builder.launch(rx_stages, devices, &lcore_control)?;
         let pipeline = Self {
             port,
             queues,
@@ -240,6 +250,8 @@ impl Pipeline {
             decode_backlog: rings.decode.clone(),
             scratch_bytes,
             clock,
+            compress_dev,
+            offloads,
             stop,
         };
         Ok((pipeline, Fetches::new(ends, limits)))
@@ -313,9 +325,30 @@ impl StageBuilder<'_> {
         Ok((stage, ends))
     }
 
-    fn decode(&self) -> DecodeStage {
+    /// Opens the compression device, with a queue pair for each decode lcore.
+    #[expect(clippy::type_complexity, reason = "three things that are made at once and go different ways")]
+    fn devices(
+        &self,
+    ) -> Result<(Option<CompressDev>, Vec<DecodeDevice>, Vec<Arc<OffloadCounters>>), BuildError> {
+        let Some(name) = &self.config.compress_dev else { return Ok((None, Vec::new(), Vec::new())) };
+        let lcores = u16::try_from(self.config.placement.count(StageKind::Decode)).unwrap_or(u16::MAX);
+        let config = device_config(lcores, self.config.slot_bytes);
+        let (dev, queues): (_, Vec<CompressQueue<Box<PlaneJob>>>) =
+            CompressDev::open(self.eal, name, &config)?;
+        let burst = if dev.capabilities().hardware { 8 } else { 1 };
+        let device = |queue| {
+            let offload = DeviceOffload::new(&dev, queue);
+            DecodeDevice { offload, burst, counters: Arc::default() }
+        };
+        let devices: Vec<DecodeDevice> = queues.into_iter().map(device).collect();
+        let counters = devices.iter().map(|device| Arc::clone(&device.counters)).collect();
+        Ok((Some(dev), devices, counters))
+    }
+
+    fn decode(&self, device: Option<DecodeDevice>) -> DecodeStage {
         DecodeStage {
             decoder: Decoder::new(self.config.slot_bytes),
+            device,
             rings: DecodeRings {
                 planes: self.rings.decode.clone(),
                 decoded: self.rings.decoded.clone(),
@@ -341,15 +374,21 @@ impl StageBuilder<'_> {
     }
 
     /// Gives every lcore its stages and starts it.
-    fn launch(&self, rx_stages: Vec<RxStage>, control: &LcoreControl) -> Result<Vec<LcoreView>, BuildError> {
+    fn launch(
+        &self,
+        rx_stages: Vec<RxStage>,
+        devices: Vec<DecodeDevice>,
+        control: &LcoreControl,
+    ) -> Result<Vec<LcoreView>, BuildError> {
         let mut rx_stages = rx_stages.into_iter();
+        let mut devices = devices.into_iter();
         let mut lcores = Vec::new();
         for (worker, (cpu, kinds)) in self.config.placement.lcores().enumerate() {
             let mut stages: Vec<Box<dyn Stage>> = Vec::new();
             for kind in kinds {
                 stages.push(match kind {
                     StageKind::Rx => Box::new(rx_stages.next().expect("one queue was made per rx stage")),
-                    StageKind::Decode => Box::new(self.decode()),
+                    StageKind::Decode => Box::new(self.decode(devices.next())),
                     StageKind::Dma => Box::new(self.dma()),
                 });
             }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use client::MissingReason::{
     self, Corrupt, Deadline, NotStored, ShapeMismatch, StoreUnreachable, Undecodable,
 };
-use compress::{ChunkHeader, Codec, ENTRY_BYTES, FIXED_HEADER_BYTES};
+use compress::{ChunkHeader, Codec, Compression, ENTRY_BYTES, FIXED_HEADER_BYTES, PlaneCodec};
 use protocol::ChunkInfo;
 use protocol::reason::DropReason;
 
@@ -43,8 +43,9 @@ fn round<'a>(name: &'a str, seed: u64, library: &'a Library) -> Round<'a> {
 #[test]
 fn hostile_packets_are_counted_and_change_nothing() {
     let start = Instant::now();
+    let deflated = PlaneCodec { compression: Compression::Deflate, ..Codec::Int4.into() };
     let libraries: Vec<Library> = (7..)
-        .zip([Codec::Raw, Codec::Lossless, Codec::Int8, Codec::Int4])
+        .zip([Codec::Raw.into(), Codec::Lossless.into(), Codec::Int8.into(), deflated])
         .map(|(seed, codec)| Library::new(codec, seed))
         .collect();
     let mut lab = Lab::start();

@@ -118,6 +118,13 @@ impl CompressDev {
         self.inner.output_bytes
     }
 
+    /// Most bytes that an op reads; `None` where a chain may have any length.
+    #[must_use]
+    pub fn max_source_bytes(&self) -> Option<usize> {
+        let inner = &self.inner;
+        (!inner.reads_chains).then(|| inner.max_linear_bytes())
+    }
+
     /// Mbufs of destinations that are out, and ops that are out: 0 once all queues and ops are dropped.
     #[must_use]
     pub fn in_use(&self) -> u32 {
@@ -242,6 +249,11 @@ impl DevInner {
         let pool = PoolConfig { mbufs, cache: 0, data_room_bytes, numa_node: None };
         self.mbufs = Some(Pool::new(eal, &format!("comp_mbufs{}", self.id), pool)?);
         Ok(())
+    }
+
+    /// Bytes of a source's buffer where the device reads no chains.
+    pub(crate) fn max_linear_bytes(&self) -> usize {
+        if self.long_buffers { self.output_bytes } else { self.output_bytes.min(PIECE_BYTES) }
     }
 
     /// A pool of mbufs without room of their own.

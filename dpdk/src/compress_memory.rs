@@ -38,8 +38,7 @@ impl Memory {
 
     /// A source for a device that reads no chains.
     pub(crate) fn source(dev: &DevInner) -> Result<Self, CompressError> {
-        let bytes = if dev.long_buffers { dev.output_bytes } else { dev.output_bytes.min(PIECE_BYTES) };
-        Self::new(dev, bytes)
+        Self::new(dev, dev.max_linear_bytes())
     }
 
     fn new(dev: &DevInner, bytes: usize) -> Result<Self, CompressError> {

@@ -161,31 +161,13 @@ impl<T> CompressOp<T> {
         Ok(self.destination.get(expected_bytes))
     }
 
-    /// The source, to be kept until the output has been used or the bytes were decompressed otherwise.
-    #[must_use]
-    pub fn source(&self) -> Option<&Mbuf> {
-        self.source.as_ref()
-    }
-
     /// The context that it was loaded with.
     pub fn context_mut(&mut self) -> Option<&mut T> {
         self.context.as_mut()
     }
 
-    /// Takes source and context out; the op can be loaded again.
+    /// Takes source and context out; the op can be loaded again. The output stays until then.
     pub fn unload(&mut self) -> Option<(Mbuf, T)> {
-        self.expected_bytes = 0;
-        // SAFETY: the op lives and is not with the device; it points to no mbuf any more that it does not own.
-        unsafe {
-            dpdk_sys::shim_comp_op_set(
-                self.raw.as_ptr(),
-                self.xform.as_ptr(),
-                std::ptr::null_mut(),
-                0,
-                0,
-                std::ptr::null_mut(),
-            );
-        }
         self.source.take().zip(self.context.take())
     }
 

@@ -84,6 +84,11 @@ impl Cluster {
 
     /// One queue on each of `cpus`.
     pub(crate) fn start_store_with_queues(&mut self, file: &Path, cpus: &str) {
+        self.start_store_with(file, cpus, &[]);
+    }
+
+    /// With more flags.
+    pub(crate) fn start_store_with(&mut self, file: &Path, cpus: &str, flags: &[&str]) {
         let port = self.port("client");
         let file = file.to_string_lossy();
         let arguments = [
@@ -102,6 +107,7 @@ impl Cluster {
             "--lcores",
             cpus,
         ];
+        let arguments = [&arguments, flags].concat();
         self.store = Some(Process::start(&arguments, self.path("store.log")));
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use compress::{ChunkHeader, Codec, Dtype, Encoder, Shape, Side, reference_decode};
+use compress::{ChunkHeader, Dtype, Encoder, PlaneCodec, Shape, Side, reference_decode};
 use protocol::{ChunkInfo, ChunkSource, Key};
 
 use super::random::Random;
@@ -45,7 +45,7 @@ fn elements(random: &mut Random, bytes: usize) -> Vec<u8> {
 }
 
 impl Library {
-    pub(crate) fn new(codec: Codec, seed: u64) -> Self {
+    pub(crate) fn new(codec: PlaneCodec, seed: u64) -> Self {
         let mut random = Random::new(seed);
         let mut library = Self { keys: vec![], chunks: vec![], index: HashMap::new(), planes: vec![] };
         let mut encoder = Encoder::new(codec, compress::DEFAULT_ZSTD_LEVEL);

@@ -101,6 +101,8 @@ fn config(device: String, socket: PathBuf) -> dataplane::Config {
         slots: SLOTS,
         slot_bytes: 64 << 10,
         pages: hugepages::PageChoice::Base,
+        // Takes the planes that are compressed with Deflate; the core has the others.
+        compress_dev: Some("compress_zlib".into()),
         window_segments: 96,
         max_fetches: 4,
         max_chunks: 64,
@@ -117,7 +119,7 @@ impl Lab {
                 lcores: vec![first_cpu()],
                 file_prefix: format!("packets-{}", std::process::id()),
                 huge: false,
-                memory_mib: Some(96),
+                memory_mib: Some(128),
                 ..EalConfig::default()
             })
             .unwrap(),
