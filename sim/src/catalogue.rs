@@ -90,6 +90,11 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Whether it means anything for a design: the baselines have no decoders.
+    pub fn is_for(&self, design: Design) -> bool {
+        design == Design::Ours || self.name != "slow-decoder"
+    }
+
     /// Runs it with one design.
     pub fn run(&self, design: Design, seed: u64, scale: u32) -> Row {
         Row { scenario: self.name, design, seed, figures: (self.measure)(design, seed, scale.max(1)) }

@@ -21,6 +21,8 @@ pub struct Order {
 pub enum Deed {
     /// Starts a fetch.
     Fetch(Order),
+    /// Asks how much of the prefix that the order names is stored.
+    Lookup(Order),
     /// Ends a fetch early.
     Cancel(u64),
     /// Dies: forgets everything, answers nothing.

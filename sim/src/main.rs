@@ -237,7 +237,7 @@ fn measure(designs: &[Design], only: &[String], scale: u32, seed: u64) -> anyhow
     }
     let mut rows = Vec::new();
     for entry in entries {
-        for design in designs {
+        for design in designs.iter().filter(|design| entry.is_for(**design)) {
             rows.push(entry.run(*design, seed, scale));
         }
     }
@@ -252,6 +252,7 @@ fn table(rows: &[Row]) -> Table {
         "Gbps",
         "of ideal",
         "lost %",
+        "resent %",
         "resent/lost",
         "queue us",
         "Jain",
@@ -286,9 +287,8 @@ fn table(rows: &[Row]) -> Table {
 fn comma_separated(rows: &[Row]) -> anyhow::Result<String> {
     let mut text = String::new();
     for (index, row) in rows.iter().enumerate() {
-        let serde_json::Value::Object(fields) = serde_json::to_value(row)? else {
-            bail!("a row is an object")
-        };
+        let serde_json::Value::Object(mut fields) = serde_json::to_value(row)? else { bail!("a row is an object") };
+        fields.remove("counters");
         if index == 0 {
             let names: Vec<&str> = fields.keys().map(String::as_str).collect();
             text += &(names.join(",") + "\n");

@@ -6,15 +6,15 @@ use std::rc::Rc;
 
 use protocol::wire::message::MAX_CONTROL_BYTES;
 use protocol::{
-    Accepted, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, Instant, Key, StoreIndex, TransferId,
-    Verdict,
+    Accepted, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, Instant, Key, LookupId, LookupOutcome,
+    StartError, StoreIndex, TransferId, Verdict,
 };
 
 use crate::content::{Catalogue, Layout, byte_at};
 use crate::host::{Deed, Host, Order};
 use crate::net::Net;
 use crate::packet::{Packet, Source};
-use crate::record::{End, Records};
+use crate::record::{Answer, End, Records};
 
 /// A simulated data plane.
 #[derive(Clone, Copy, Debug)]
@@ -91,6 +91,8 @@ pub struct PlaneHost {
     catalogue: Rc<Catalogue>,
     lanes: Vec<Lane>,
     wholes: BTreeMap<u64, Whole>,
+    /// Lookups under way, on queue 0: the deadline of each.
+    lookups: BTreeMap<u64, u64>,
     /// When each decoder is free.
     decoders: Vec<u64>,
     sequence: u64,
@@ -127,6 +129,7 @@ impl PlaneHost {
             catalogue,
             lanes,
             wholes: BTreeMap::new(),
+            lookups: BTreeMap::new(),
             decoders,
             sequence: 0,
             ahead_nanos: 0,
@@ -162,6 +165,39 @@ impl PlaneHost {
             lane.parts.insert(id, part);
         }
         self.wholes.insert(id, Whole { parts: self.config.fetch.queues, end: End::Done });
+    }
+
+    fn lookup(&mut self, net: &Net, records: &mut Records, order: &Order) {
+        let now = self.clock(net);
+        let keys: Vec<Key> =
+            order.chunks.clone().map(|chunk| self.catalogue.chunks[chunk as usize].key).collect();
+        let deadline = now.nanos() + order.deadline_nanos;
+        let store = StoreIndex(u16::try_from(order.stores[0] - self.config.first_store).expect("few stores"));
+        let at = Instant::from_nanos(deadline);
+        match self.lanes[0].engine.lookup(now, LookupId(order.id), at, store, &keys) {
+            Ok(()) => {
+                let asked = u32::try_from(keys.len()).expect("few keys");
+                assert!(records.lookups.insert(order.id, Answer { asked, ended: None }).is_none());
+                self.lookups.insert(order.id, deadline);
+            }
+            Err(StartError::Full(_)) => {}
+            Err(error) => panic!("lookup {} was refused: {error}", order.id),
+        }
+    }
+
+    fn looked_up(&mut self, records: &mut Records, id: u64, outcome: LookupOutcome, found: u32, tokens: u64) {
+        assert!(self.lookups.remove(&id).is_some(), "a lookup ends once");
+        let answer = records.lookups.get_mut(&id).expect("only lookups that were started end");
+        assert!(
+            found <= answer.asked && tokens == u64::from(found) * 256,
+            "no more is found than is asked for"
+        );
+        let end = match outcome {
+            LookupOutcome::Done => End::Done,
+            LookupOutcome::Deadline => End::Failed,
+            LookupOutcome::Cancelled => End::Cancelled,
+        };
+        answer.ended = Some((end, found));
     }
 
     fn take_in(&mut self, net: &mut Net, records: &mut Records, id: u32) {
@@ -250,7 +286,9 @@ impl PlaneHost {
         let shape_planes = u64::from(self.catalogue.shape.planes());
         let lane = &mut self.lanes[queue];
         match event {
-            Event::LookupDone { .. } => {}
+            Event::LookupDone { id, outcome, found, tokens, .. } => {
+                self.looked_up(records, id.0, outcome, found, tokens);
+            }
             Event::PlaneArrived { transfer, fetch, chunk, plane, bytes, segments } => {
                 let kept = &mut lane.kept[transfer.slot()];
                 assert_eq!(kept.transfer, Some(transfer), "segments of what arrives were accepted");
@@ -276,6 +314,7 @@ impl PlaneHost {
             Event::ChunkFailed { fetch, chunk, .. } => {
                 let part = lane.parts.get_mut(&fetch.0).expect("the fetch is under way");
                 assert!(part.failed.insert(chunk, ()).is_none(), "a chunk fails once");
+                records.progress += 1;
             }
             Event::FetchEnded { fetch, outcome, planes_delivered, chunks_failed } => {
                 let part = lane.parts.remove(&fetch.0).expect("a fetch ends once");
@@ -324,6 +363,9 @@ impl PlaneHost {
         assert!(lane.kept_segments <= engine.memory_segments(), "no more is kept than was reserved");
         let placed = counters.segments_placed + counters.header_segments + counters.control;
         assert_eq!(counters.datagrams, placed + counters.dropped(), "the counters add up");
+        for (id, deadline) in &self.lookups {
+            assert!(queue > 0 || now < *deadline, "lookup {id} is past its deadline and has not ended");
+        }
         for (id, part) in &lane.parts {
             let is_late = now >= part.deadline && part.owed == 0;
             assert!(!is_late, "fetch {id} is past its deadline, nothing is owed, and it has not ended");
@@ -421,10 +463,12 @@ impl Host for PlaneHost {
     fn befall(&mut self, net: &mut Net, records: &mut Records, deed: Deed) {
         match deed {
             Deed::Fetch(order) => self.start(net, records, order),
+            Deed::Lookup(order) => self.lookup(net, records, &order),
             Deed::Cancel(id) => {
                 let clock = self.clock(net);
                 for lane in &mut self.lanes {
                     lane.engine.cancel(clock, FetchId(id));
+                    lane.engine.cancel_lookup(clock, LookupId(id));
                 }
             }
             Deed::ClockJump(nanos) => self.ahead_nanos += nanos,
@@ -445,7 +489,7 @@ impl Host for PlaneHost {
             assert_eq!(lane.kept_segments, 0, "packets left");
             assert!(lane.parts.is_empty() && lane.verdicts.is_empty(), "ends or verdicts left");
         }
-        assert!(self.wholes.is_empty());
+        assert!(self.wholes.is_empty() && self.lookups.is_empty(), "fetches or lookups left");
     }
 
     fn counters(&self) -> Vec<(String, u64)> {

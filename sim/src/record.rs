@@ -30,15 +30,28 @@ pub struct Record {
     pub delivered: u64,
 }
 
+/// What a lookup was to find and found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Answer {
+    /// Chunks asked about.
+    pub asked: u32,
+    /// How it ended, and how many leading chunks were found.
+    pub ended: Option<(End, u32)>,
+}
+
 /// All fetches of a run, and how many bytes had arrived when.
 #[derive(Debug, Default)]
 pub struct Records {
     /// By the order's id.
     pub fetches: BTreeMap<u64, Record>,
+    /// Lookups, by the order's id.
+    pub lookups: BTreeMap<u64, Answer>,
     /// Payload that data planes took in, by host: each byte once.
     pub taken_in: BTreeMap<u32, u64>,
     /// Fetches that have not ended.
     pub under_way: u64,
+    /// Grows whenever a fetch comes nearer to its end.
+    pub progress: u64,
 }
 
 impl Records {
@@ -54,6 +67,7 @@ impl Records {
         let record = self.fetches.get_mut(&id).expect("only fetches that were started deliver");
         assert!(record.ended.is_none(), "fetch {id} delivers after its end");
         record.delivered += bytes;
+        self.progress += 1;
         assert!(record.delivered <= record.bytes, "fetch {id} delivers more than it wanted");
     }
 
@@ -61,6 +75,7 @@ impl Records {
     #[inline]
     pub fn took_in(&mut self, plane: u32, bytes: u64) {
         *self.taken_in.entry(plane).or_default() += bytes;
+        self.progress += 1;
     }
 
     /// A fetch ended.
@@ -72,5 +87,6 @@ impl Records {
             assert_eq!(record.delivered, record.bytes, "fetch {id} is done with something missing");
         }
         self.under_way -= 1;
+        self.progress += 1;
     }
 }

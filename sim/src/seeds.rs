@@ -13,7 +13,7 @@ use crate::random::{Random, mix};
 use crate::record::End;
 use crate::scenario::{ChunkSpec, Design, PlaneSpec, Scenario, StoreSpec};
 use crate::store::StoreConfig;
-use crate::world::{Action, Bounds, Lcore};
+use crate::world::{Action, Bounds, Lcore, World};
 
 /// What came of one run or of many.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -80,6 +80,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         marked: counters.marked,
         ..Outcome::default()
     };
+    check_lookups(&scenario, &world);
     let mut digest = mix(seed ^ counters.sent.rotate_left(32) ^ counters.payload_sent);
     for (id, record) in &world.records.fetches {
         let Some((at, end)) = record.ended else { continue };
@@ -94,6 +95,20 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     outcome
 }
 
+/// A lookup that was answered is right, if nothing was forgotten and nothing damaged on the way.
+fn check_lookups(scenario: &Scenario, world: &World) {
+    let forgets = |action: &(u64, Action)| matches!(action.1, Action::Host(_, Deed::Forget(_)));
+    let is_whole = scenario.stores.iter().all(|store| store.lacks.is_empty());
+    if !is_whole || scenario.actions.iter().any(forgets) || world.net.counters.damaged > 0 {
+        return;
+    }
+    for (id, answer) in &world.records.lookups {
+        if let Some((End::Done, found)) = answer.ended {
+            assert_eq!(found, answer.asked, "lookup {id} finds all that is stored");
+        }
+    }
+}
+
 /// The scenario of a seed.
 pub fn scenario(seed: u64) -> Scenario {
     let mut random = Random::new(mix(seed) ^ 0x51d);
@@ -102,7 +117,7 @@ pub fn scenario(seed: u64) -> Scenario {
     let stores: u16 = if r.chance(20_000) { number(r.between(16, 64)) } else { number(r.between(1, 4)) };
     let planes = r.pick(&[1, 1, 1, 2, 3]);
     let layers: u16 = number(r.between(1, 5));
-    let most: u32 = number(r.pick(&[300, 3000, 3000, 20_000]));
+    let most: u32 = number(r.pick(&[300, 3000, 3000, 20_000, 60_000]));
     let chunks = ChunkSpec { count: 20, layers, plane_bytes: (1, number(r.between(1, u64::from(most)))) };
     let fetch = budgets(r, &chunks, stores, seed);
     let mut scenario = Scenario {
@@ -153,8 +168,8 @@ fn budgets(r: &mut Random, chunks: &ChunkSpec, stores: u16, seed: u64) -> FetchC
         max_plane_bytes: chunks.plane_bytes.1,
         max_header_bytes: 400,
         segment_bytes,
-        window_segments: number(r.between(1, 200)),
-        memory_segments: plane_segments + number::<u32>(r.below(200)),
+        window_segments: number(r.pick(&[1, 8, 64, 200, 2000])),
+        memory_segments: plane_segments + number::<u32>(r.pick(&[0, 20, 200, 2000])),
         rto_min: Duration::from_micros(r.between(50, 2000)),
         rto_max: Duration::from_millis(r.between(2, 20)),
         stores,
@@ -232,10 +247,15 @@ fn fetches(r: &mut Random, scenario: &mut Scenario) -> u64 {
     for id in 0..count {
         let first: u32 = number(r.below(20));
         let chunks = first..first + number::<u32>(r.between(1, u64::from(20 - first)));
-        let deadline_nanos = r.pick(&[100_000, 2_000_000, 60_000_000, 400_000_000, 400_000_000]);
+        let deadline_nanos =
+            r.pick(&[100_000, 3_000_000, 60_000_000, 400_000_000, 400_000_000, 6_000_000_000]);
         let store = scenario.store(number(r.below(stores)));
         let plane = number(r.below(planes));
-        scenario.fetch(at, plane, Order { id, stores: vec![store], chunks, deadline_nanos });
+        let order = Order { id, stores: vec![store], chunks, deadline_nanos };
+        if r.chance(500_000) {
+            scenario.actions.push((at, Action::Host(plane, Deed::Lookup(order.clone()))));
+        }
+        scenario.fetch(at, plane, order);
         if r.chance(100_000) {
             let cancel_at = at + r.below(deadline_nanos);
             scenario.actions.push((cancel_at, Action::Host(plane, Deed::Cancel(id))));

@@ -150,7 +150,9 @@ impl Host for StoreHost {
             }
             Deed::Forget(chunk) => self.shelf.forget(chunk),
             Deed::ClockJump(_) => {}
-            Deed::Fetch(_) | Deed::Cancel(_) | Deed::DecodeNanos(_) => unreachable!("a store does not fetch"),
+            Deed::Fetch(_) | Deed::Lookup(_) | Deed::Cancel(_) | Deed::DecodeNanos(_) => {
+                unreachable!("a store does not fetch")
+            }
         }
     }
 

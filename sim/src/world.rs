@@ -53,7 +53,8 @@ struct Slot {
 pub struct Bounds {
     /// Events of the whole run.
     pub events: u64,
-    /// While a fetch is under way and nothing is down, cut or stalled, something arrives at least this often.
+    /// While a fetch is under way and nothing is down, cut or stalled, something that it wants arrives, is delivered or is
+    /// given up at least this often.
     pub progress_nanos: u64,
 }
 
@@ -76,7 +77,7 @@ pub struct World {
     hosts: Vec<Slot>,
     actions: std::vec::IntoIter<(u64, Action)>,
     bounds: Bounds,
-    /// Packets taken in when last looked at, and since when there have been no more.
+    /// What there was of progress when last looked at, and since when there has been no more.
     progress: (u64, u64),
     /// Hosts down, links and pairs cut: while there are any, nothing need arrive.
     interrupted: bool,
@@ -119,6 +120,9 @@ impl World {
         }
         for (id, record) in &self.records.fetches {
             assert!(record.ended.is_some(), "fetch {id} has not ended");
+        }
+        for (id, answer) in &self.records.lookups {
+            assert!(answer.ended.is_some(), "lookup {id} has not ended");
         }
         let counters = &self.net.counters;
         assert_eq!(
@@ -204,7 +208,7 @@ impl World {
         self.interrupted = !self.net.cut_pairs.is_empty()
             || self.hosts.iter().any(|slot| !slot.host.is_up())
             || hosts.into_iter().any(is_cut);
-        self.progress = (self.net.counters.delivered, now);
+        self.progress = (self.records.progress, now);
     }
 
     fn turn(&mut self, host: u32) {
@@ -225,17 +229,17 @@ impl World {
         self.check_progress();
     }
 
-    /// No livelock: while a fetch is under way and nothing is wrong but what links lose, packets arrive.
+    /// No livelock: while a fetch is under way and nothing is wrong but what links lose, it comes nearer to its end.
     fn check_progress(&mut self) {
-        let (delivered, now) = (self.net.counters.delivered, self.net.now);
+        let (progress, now) = (self.records.progress, self.net.now);
         let is_excused = self.interrupted || self.records.under_way == 0 || now < self.stalled_until;
-        if delivered != self.progress.0 || is_excused {
-            self.progress = (delivered, now);
+        if progress != self.progress.0 || is_excused {
+            self.progress = (progress, now);
         }
         let silence = now - self.progress.1;
         assert!(
             silence <= self.bounds.progress_nanos,
-            "livelock: {} fetches under way, and nothing has arrived for {silence} ns",
+            "livelock: {} fetches under way, and none came nearer to its end for {silence} ns",
             self.records.under_way
         );
     }

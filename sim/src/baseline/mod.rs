@@ -109,7 +109,8 @@ impl Arrivals {
     }
 }
 
-/// Round-trip time and timeout as RFC 6298 has them.
+/// Round-trip time as RFC 6298 has it, and a timeout that is generous: twice that and four deviations, so that no
+/// timeout is spurious on a path whose delay stays the same.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeout {
     srtt: u64,
@@ -147,7 +148,7 @@ impl Timeout {
 
     /// Nanoseconds.
     pub fn nanos(&self) -> u64 {
-        let rto = if self.srtt == 0 { 10 * self.least } else { self.srtt + 4 * self.rttvar };
+        let rto = if self.srtt == 0 { 10 * self.least } else { 2 * self.srtt + 4 * self.rttvar };
         rto.max(self.least) << self.backoff
     }
 }

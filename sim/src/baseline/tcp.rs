@@ -250,6 +250,8 @@ impl Sending {
                 return Some(segment);
             }
         }
+        // After a restart the receiver has more than this sender has sent.
+        self.next = self.next.max(self.acked.first_missing);
         if self.next >= self.acked.segments {
             return None;
         }
