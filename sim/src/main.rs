@@ -287,7 +287,9 @@ fn table(rows: &[Row]) -> Table {
 fn comma_separated(rows: &[Row]) -> anyhow::Result<String> {
     let mut text = String::new();
     for (index, row) in rows.iter().enumerate() {
-        let serde_json::Value::Object(mut fields) = serde_json::to_value(row)? else { bail!("a row is an object") };
+        let serde_json::Value::Object(mut fields) = serde_json::to_value(row)? else {
+            bail!("a row is an object")
+        };
         fields.remove("counters");
         if index == 0 {
             let names: Vec<&str> = fields.keys().map(String::as_str).collect();
