@@ -12,6 +12,7 @@
 //! - [`serve`]: the store's engine, which sends what it was asked for, in fair turns, and remembers nothing else;
 //! - [`put`]: the other direction, from a data plane into a store: both ends;
 //! - [`key`]: how chunks are named;
+//! - [`placement`]: which stores hold which chunk;
 //! - [`reason`]: why a received packet was dropped, for counters.
 #![forbid(unsafe_code)]
 
@@ -20,6 +21,7 @@ pub mod fetch;
 pub mod frame;
 pub mod key;
 pub mod neighbour;
+pub mod placement;
 pub mod put;
 pub mod reason;
 pub mod serve;
@@ -29,10 +31,11 @@ pub mod wire;
 pub use chunk::{ChunkInfo, ChunkLayout, ChunkShape, PlaneRange, PlaneRanges};
 pub use fetch::{
     Accepted, ChunkFailure, ConfigError, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, LookupId,
-    LookupOutcome, StartError, StoreIndex, TransferId, Transmit, Verdict,
+    LookupOutcome, Schedule, Sources, StartError, StoreIndex, TransferId, Transmit, Verdict,
 };
 pub use frame::{HardwareChecks, Incoming, Local, Peer, TxChecksum};
 pub use key::{CHUNK_TOKENS, Key, Namespace};
+pub use placement::{Placement, PlacementError, store_id};
 pub use reason::DropReason;
 pub use serve::{ChunkSource, ServeConfig, ServeEngine, ServeTransmit};
 pub use time::Instant;

@@ -121,14 +121,17 @@ fn each_is_counted_under_its_reason_and_changes_nothing() {
     message::emit_lookup(&mut lookup, 1, [KEY].iter()).unwrap();
     drops(&mut engine, STORE, &lookup, R::BadType);
     drops(&mut engine, STORE, b"another protocol altogether", R::BadMagic);
-    // Busy: taken note of, without effect on what arrives.
+    // The rest of the first plane, and the second.
+    let other =
+        std::iter::repeat_with(|| pulled(&mut engine)).take(4).find(|range| range.tag != tag).unwrap();
+    // Busy: without effect on what arrives; nothing is asked for until the store says that it is worth it.
     let busy = Refusal { retry_us: 50, ..Refusal::of_pull(tag, 1, ErrorCode::Busy, EPOCH) };
     message::emit_error(&mut error, &busy).unwrap();
     assert_eq!(engine.handle_datagram(now(), STORE, false, &error), Ok(Accepted::Control));
     assert_eq!(engine.counters().segments_placed, 0);
+    assert_eq!(sent(&mut engine), None);
 
     // The fetch is none the worse for it: both planes arrive, each segment once.
-    let other = pulled(&mut engine);
     for (range, parts) in [(plane, parts), (other, segments(&chunk, &other))] {
         for (segment, bytes) in parts.iter().enumerate() {
             let message = data(range.tag, segment as u32, EPOCH, bytes);

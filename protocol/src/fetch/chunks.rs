@@ -1,9 +1,10 @@
 //! Chunk slots: from a chunk's lookup to its last plane.
 
 use crate::chunk::{ChunkInfo, ChunkLayout, PlaneRange};
+use crate::time::Instant;
 use crate::wire::message::ErrorCode;
 
-use super::event::ChunkFailure;
+use super::event::{ChunkFailure, StoreIndex};
 use super::index::{ChunkIndex, Index, JobIndex};
 use super::tables::{ChunkSlot, ChunkState, JobState, TransferState};
 use super::{FetchEngine, Queued, bits};
@@ -22,20 +23,40 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         let per_chunk = usize::from(self.config.max_planes_per_chunk);
         self.chunk_corrupt[index.at() * per_chunk..][..per_chunk].fill(0);
+        let key = &self.job_keys[self.job_key(job, chunk)];
+        let store = self.store_for(self.jobs[job.at()].sources, key);
         let slot = &mut self.chunks[index.at()];
         assert_eq!(slot.state, ChunkState::Free, "a chunk slot is used once at a time");
-        *slot = ChunkSlot { state: ChunkState::Lookup, job, chunk, missing, ..ChunkSlot::FREE };
-        let store = self.jobs[job.at()].store;
-        self.store(store).chunks += 1;
+        *slot = ChunkSlot { state: ChunkState::Lookup, job, store, chunk, missing, ..ChunkSlot::FREE };
+        self.count_chunk(store);
         self.jobs[job.at()].chunks += 1;
-        self.list_to_look_up(index);
+        self.ask_first(self.chunk_query(index));
     }
 
-    fn list_to_look_up(&mut self, index: ChunkIndex) {
+    fn count_chunk(&mut self, store: StoreIndex) {
+        let store = self.store(store);
+        store.chunks += 1;
+        self.busy_stores += u32::from(store.chunks == 1);
+    }
+
+    fn uncount_chunk(&mut self, store: StoreIndex) {
+        let store = self.store(store);
+        store.chunks -= 1;
+        self.busy_stores -= u32::from(store.chunks == 0);
+        // The other stores' shares have grown.
+        self.ready_blocked = false;
+        self.admit_blocked = false;
+    }
+
+    /// Has a chunk that is looked up count for another store.
+    pub(super) fn move_chunk(&mut self, index: ChunkIndex, store: StoreIndex) {
         let slot = &mut self.chunks[index.at()];
-        assert!(!slot.listed, "a chunk is in one list");
-        slot.listed = true;
-        self.jobs[slot.job.at()].to_look_up.push_back(&mut self.chunk_links, index);
+        assert!(slot.transfers == 0, "nothing of it is under way at the store before");
+        let before = std::mem::replace(&mut slot.store, store);
+        if before != store {
+            self.uncount_chunk(before);
+            self.count_chunk(store);
+        }
     }
 
     /// Puts a chunk with planes to start into its fetch's list, if it is not there.
@@ -55,16 +76,13 @@ impl<L: ChunkLayout> FetchEngine<L> {
             return;
         }
         slot.listed = false;
-        let job = &mut self.jobs[slot.job.at()];
-        let list = if slot.state == ChunkState::Lookup { &mut job.to_look_up } else { &mut job.to_start };
-        list.remove(&mut self.chunk_links, index);
+        self.jobs[slot.job.at()].to_start.remove(&mut self.chunk_links, index);
     }
 
     /// Takes in what the store says of a chunk.
-    pub(super) fn looked_up(&mut self, index: ChunkIndex, epoch: u64, info: Option<ChunkInfo>) {
+    pub(super) fn looked_up(&mut self, index: ChunkIndex, epoch: u64, info: ChunkInfo) {
         let slot = &mut self.chunks[index.at()];
         assert_eq!(slot.state, ChunkState::Lookup, "only a LOOKUP under way is answered");
-        let Some(info) = info else { return self.fail_chunk(index, ChunkFailure::NotStored) };
         if !self.jobs[slot.job.at()].expect.matches(&info) {
             return self.fail_chunk(index, ChunkFailure::ShapeMismatch);
         }
@@ -82,6 +100,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
     fn pull_header(&mut self, index: ChunkIndex) {
         let slot = &mut self.chunks[index.at()];
         slot.state = ChunkState::Header;
+        slot.hedge_at = Instant::FAR;
         let header_bytes = slot.info.header_bytes;
         let transfer = self.header_transfer(index);
         self.begin(transfer, index, 0, 0, header_bytes);
@@ -96,8 +115,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let slot = &mut self.chunks[index.at()];
         slot.transfers -= 1;
         let job = &self.jobs[slot.job.at()];
-        let key =
-            &self.job_keys[slot.job.at() * self.config.max_chunks_per_fetch as usize + slot.chunk as usize];
+        let per_fetch = self.config.max_chunks_per_fetch as usize;
+        let key = &self.job_keys[slot.job.at() * per_fetch + slot.chunk as usize];
         let header = &self.chunk_headers[bytes][..slot.info.header_bytes as usize];
         let ranges = &mut self.chunk_ranges[index.at()];
         ranges.clear();
@@ -134,15 +153,30 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         slot.lookups += 1;
         self.counters.lookups_again += 1;
+        self.restart_chunk(index);
+    }
+
+    /// Stops pulling a chunk and has it looked up again once none of its planes awaits a verdict.
+    fn restart_chunk(&mut self, index: ChunkIndex) {
         self.unlist_chunk(index);
         self.chunks[index.at()].state = ChunkState::Draining;
         self.stop_chunk(index);
         self.settle_chunk(index);
     }
 
+    /// Has a chunk asked of a replica, if there is one that answers.
+    pub(super) fn fail_over(&mut self, index: ChunkIndex) {
+        let is_pulled = matches!(self.chunks[index.at()].state, ChunkState::Header | ChunkState::Planes);
+        if is_pulled && self.chunks[index.at()].missing > 0 && self.has_alternative(self.chunk_query(index)) {
+            self.counters.failovers += 1;
+            self.restart_chunk(index);
+        }
+    }
+
     /// Reports that a chunk will not arrive, and stops pulling it.
     pub(super) fn fail_chunk(&mut self, index: ChunkIndex, reason: ChunkFailure) {
         self.unlist_chunk(index);
+        self.drop_query(self.chunk_query(index));
         let slot = &mut self.chunks[index.at()];
         assert!(!matches!(slot.state, ChunkState::Free | ChunkState::Failed), "a chunk fails once");
         slot.state = ChunkState::Failed;
@@ -169,20 +203,17 @@ impl<L: ChunkLayout> FetchEngine<L> {
             self.close_chunk(index);
         } else if slot.state == ChunkState::Draining && self.jobs[job.at()].state == JobState::Running {
             self.chunks[index.at()].state = ChunkState::Lookup;
-            self.list_to_look_up(index);
-            self.request_chunks(job);
+            self.ask_first(self.chunk_query(index));
         }
     }
 
     fn close_chunk(&mut self, index: ChunkIndex) {
         let slot = &mut self.chunks[index.at()];
         assert!(!slot.listed, "a chunk in a list is not over");
-        let job = slot.job;
+        let (job, store) = (slot.job, slot.store);
         *slot = ChunkSlot::FREE;
         self.free_chunks.push(index);
-        self.admit_blocked = false;
-        let store = self.jobs[job.at()].store;
-        self.store(store).chunks -= 1;
+        self.uncount_chunk(store);
         self.jobs[job.at()].chunks -= 1;
         self.settle_job(job);
     }

@@ -4,6 +4,11 @@ use std::time::Duration;
 
 use crate::wire::message::{self, SEGMENT_ALIGN};
 
+use super::schedule::Schedule;
+
+/// LOOKUPs that one store may owe an answer to.
+pub(super) const REQUESTS_PER_STORE: u16 = 4;
+
 /// Budgets of one queue's engine. Everything is allocated from them in `FetchEngine::new`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FetchConfig {
@@ -29,12 +34,20 @@ pub struct FetchConfig {
     pub max_header_bytes: u32,
     /// Bytes of a segment, a multiple of 32: see [`crate::frame::max_segment_bytes`].
     pub segment_bytes: u16,
-    /// Segments in flight at once: asked for, not arrived, not given up. This is the credit.
+    /// Most segments under way at once: asked for, not arrived, not given up. The credit is less as the link, the stores
+    /// and memory have it.
     pub window_segments: u32,
+    /// Rate of this queue's share of the link, in Mbit/s; 0 if it is to be measured.
+    pub link_mbps: u32,
+    /// Delay beyond the least round trip that is not taken for a queue; a quarter of that round trip if that is more.
+    pub queue_tolerance: Duration,
+    /// Which fetch is asked for first.
+    pub schedule: Schedule,
     /// Segments that the caller has room for: of planes asked for and of planes waiting for their verdict. At least the
     /// segments of a plane of `max_plane_bytes`.
     pub memory_segments: u32,
-    /// Least time without an arrival after which what was asked for counts as lost.
+    /// Least time without an arrival after which everything asked of a store counts as lost. Single losses are found in
+    /// little more than a round trip.
     pub rto_min: Duration,
     /// Most of the same, after doubling.
     pub rto_max: Duration,
@@ -63,7 +76,10 @@ impl Default for FetchConfig {
             max_plane_bytes: 1 << 20,
             max_header_bytes: 16 << 10,
             segment_bytes: 1440,
-            window_segments: 512,
+            window_segments: 1 << 16,
+            link_mbps: 0,
+            queue_tolerance: Duration::from_micros(20),
+            schedule: Schedule::default(),
             memory_segments: 8192,
             rto_min: Duration::from_millis(2),
             rto_max: Duration::from_millis(200),
@@ -106,6 +122,14 @@ pub enum ConfigError {
     /// More slots than a tag or an index can name.
     #[error("{0} is too large: together with its kind it must stay below 65,535")]
     TooMany(&'static str),
+    /// The placement is of another number of stores.
+    #[error("the placement has {placed} stores and the budgets are for {stores}; they must agree")]
+    Stores {
+        /// Stores of the placement.
+        placed: usize,
+        /// `stores`.
+        stores: u16,
+    },
     /// The least RTO is zero or more than the largest.
     #[error("the RTO bounds are empty: the least must be positive and at most the largest")]
     Rto,
@@ -148,8 +172,13 @@ impl FetchConfig {
         if self.active_planes.checked_add(self.active_chunks).is_none_or(|slots| slots == u16::MAX) {
             return Err(ConfigError::TooMany("active_planes + active_chunks"));
         }
-        if self.max_fetches.checked_add(self.max_lookups).is_none_or(|slots| slots == u16::MAX) {
-            return Err(ConfigError::TooMany("max_fetches + max_lookups"));
+        let queries =
+            usize::from(self.active_chunks) + usize::from(self.max_lookups) * message::MAX_LOOKUP_KEYS;
+        if queries >= usize::from(u16::MAX) {
+            return Err(ConfigError::TooMany("active_chunks + 40 max_lookups"));
+        }
+        if self.stores > u16::MAX / REQUESTS_PER_STORE {
+            return Err(ConfigError::TooMany("stores"));
         }
         if self.max_chunks_per_fetch > 1 << 24 {
             return Err(ConfigError::TooMany("max_chunks_per_fetch"));

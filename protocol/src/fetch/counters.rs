@@ -25,10 +25,20 @@ pub struct FetchCounters {
     pub pulls_sent: u64,
     /// Segments asked for the first time.
     pub segments_asked: u64,
-    /// Segments asked for again after a timeout.
+    /// Segments asked for again after they were given up.
     pub segments_asked_again: u64,
-    /// Times that everything in flight of one transfer was given up as lost.
+    /// Segments given up as lost.
+    pub segments_lost: u64,
+    /// Of those, that came after all, before what was asked for again.
+    pub segments_late: u64,
+    /// Times that the last segment under way of a store was asked for again because nothing came.
+    pub tail_probes: u64,
+    /// Times that everything under way of one store was given up as lost.
     pub timeouts: u64,
+    /// Answers of stores that they are busy.
+    pub busy: u64,
+    /// Chunks that went to another store because theirs was silent, busy, slow, or did not hold them.
+    pub failovers: u64,
     /// Planes that arrived whole.
     pub planes_arrived: u64,
     /// Planes with verdict delivered.
@@ -56,7 +66,12 @@ impl FetchCounters {
             pulls_sent: 0,
             segments_asked: 0,
             segments_asked_again: 0,
+            segments_lost: 0,
+            segments_late: 0,
+            tail_probes: 0,
             timeouts: 0,
+            busy: 0,
+            failovers: 0,
             planes_arrived: 0,
             planes_delivered: 0,
             planes_corrupt: 0,

@@ -9,6 +9,21 @@ use crate::wire::message::ErrorCode;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StoreIndex(pub u16);
 
+/// Where the chunks of a fetch or lookup are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sources {
+    /// All on this store.
+    One(StoreIndex),
+    /// Each on the stores that the engine's placement names.
+    Placed,
+}
+
+impl From<StoreIndex> for Sources {
+    fn from(store: StoreIndex) -> Sources {
+        Sources::One(store)
+    }
+}
+
 /// A fetch, as named by the caller; must differ from every fetch under way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FetchId(pub u64);
@@ -73,7 +88,7 @@ pub struct Transmit {
 /// Why a chunk did not arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChunkFailure {
-    /// The store does not hold it.
+    /// No store that should hold it does.
     NotStored,
     /// The deadline came first: the store was silent or slow.
     Deadline,

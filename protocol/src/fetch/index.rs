@@ -22,6 +22,7 @@ macro_rules! index {
 
             impl $name {
                 /// Every index of a table of `len` entries; the configuration bounds `len`.
+                #[allow(dead_code, reason = "not every table is walked")]
                 pub(super) fn all(len: usize) -> impl DoubleEndedIterator<Item = $name> {
                     (0..u16::try_from(len).expect("tables have fewer than 65,536 entries")).map($name)
                 }
@@ -39,6 +40,12 @@ index! {
     ChunkIndex,
     /// A transfer: planes first, then one per chunk slot for its header.
     TransferIndex,
+    /// A PULL under way.
+    AskIndex,
+    /// A key that is looked up: one per chunk slot first, then those of each lookup.
+    QueryIndex,
+    /// A LOOKUP message: a few of each store, one store behind the other.
+    RequestIndex,
 }
 
 /// First in, first out, threaded through a table of links: an entry is in at most one list per table.
@@ -57,6 +64,12 @@ impl<I: Index> List<I> {
     #[inline]
     pub(super) fn front(&self) -> Option<I> {
         self.head
+    }
+
+    /// The entry behind `entry`.
+    #[inline]
+    pub(super) fn behind(links: &Links<I>, entry: I) -> Option<I> {
+        links[entry.at()]
     }
 
     #[inline]

@@ -1,35 +1,52 @@
 //! The data plane's engine: what it wants, what it has asked for, what has arrived.
 //!
-//! Life of a fetch: its chunks get *chunk slots* a few at a time (`send.rs`, `admit`); each is looked up, its header
-//! is pulled into the engine's own memory and read by the [`ChunkLayout`] (`chunks.rs`); its planes
-//! get *transfers*, each of which reserves memory for all of its segments, so that no two half-arrived planes can
-//! ever wait for each other's memory (`planes.rs`); segments are asked for in PULLs as the window allows
-//! (`send.rs`) and land in the transfer's bitmap (`receive.rs`); what does not arrive in time leaves the window and is
-//! asked for again (`timers.rs`).
+//! Life of a fetch: its chunks get *chunk slots* a few at a time (`send.rs`, `admit`); each is looked up at the store
+//! that should hold it (`query.rs`), its header is pulled into the engine's own memory and read by the [`ChunkLayout`]
+//! (`chunks.rs`); its planes get *transfers*, each of which reserves memory for all of its segments, so that no
+//! two half-arrived planes can ever wait for each other's memory (`planes.rs`); segments are asked for in PULLs
+//! (`send.rs`, `asks.rs`) and land in the transfer's bitmap (`receive.rs`, `segments.rs`).
 //!
-//! Fairness: fetches take turns, one PULL each; within a fetch planes are asked for in order, so that the
-//! first is whole soonest. No store can hold all chunk slots, transfers or memory while there are other stores.
+//! Credit, from the outside in: the link's (`link.rs`: what it holds and a burst), spaced in time (`pace.rs`); each store's
+//! window (`window.rs`: congestion control by delay, marks and overflow); memory (`memory_segments`). A PULL goes out
+//! when all three have room for it, for the fetch that `schedule.rs` puts first.
+//!
+//! Loss: what was asked for before something that has arrived is lost once it is late (`rack.rs`); if nothing arrives at
+//! all, the last segment is asked for again, then everything (`timers.rs`, by the estimates of `rtt.rs`). A store that
+//! stays silent or says that it is busy loses its chunks to replicas, where `placement.rs` names some.
+//!
+//! No store can hold all chunk slots, transfers or memory while there are other stores.
+mod asks;
 pub(crate) mod bits;
 mod chunks;
 mod config;
 mod counters;
 mod event;
 mod index;
+mod latency;
+mod link;
+mod pace;
 mod planes;
+mod query;
+mod rack;
 mod receive;
 mod rtt;
+mod schedule;
+mod segments;
 mod send;
 mod start;
+mod store;
 mod tables;
 pub(crate) mod tag;
 mod timers;
+mod window;
 
 pub use config::{ConfigError, FetchConfig};
 pub use counters::FetchCounters;
 pub use event::{
-    Accepted, ChunkFailure, Event, FetchId, FetchOutcome, LookupId, LookupOutcome, StartError, StoreIndex,
-    TransferId, Transmit, Verdict,
+    Accepted, ChunkFailure, Event, FetchId, FetchOutcome, LookupId, LookupOutcome, Sources, StartError,
+    StoreIndex, TransferId, Transmit, Verdict,
 };
+pub use schedule::Schedule;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -37,15 +54,22 @@ use std::time::Duration;
 
 use crate::chunk::{ChunkInfo, ChunkLayout, PlaneRanges};
 use crate::key::Key;
-use crate::time::Instant;
+use crate::placement::Placement;
+use crate::time::{Instant, nanos_of};
 use crate::wire::message::MAX_LOOKUP_KEYS;
 
-use index::{ChunkIndex, Index, JobIndex, Links, LookupIndex, TransferIndex};
-use rtt::Store;
+use asks::Asks;
+use config::REQUESTS_PER_STORE;
+use index::{AskIndex, ChunkIndex, Index, JobIndex, Links, LookupIndex, QueryIndex, TransferIndex};
+use link::Link;
+use pace::Pacer;
+use query::{Answer, Query, Request};
+use segments::Word;
+use store::Store;
 use tables::{ChunkSlot, Job, LookupJob, Transfer, TransferState};
 
-/// Most segments of one PULL: a turn of a fetch.
-const MAX_PULL_SEGMENTS: u32 = 64;
+/// Most PULLs under way: enough for 400 Gbit/s over 10 ms in PULLs of 64 segments.
+const MAX_ASKS: u32 = 8192;
 /// Most keys of one LOOKUP.
 const MAX_REQUEST_KEYS: u32 = 40;
 const _: () = assert!(MAX_REQUEST_KEYS as usize == MAX_LOOKUP_KEYS);
@@ -58,13 +82,6 @@ enum Queued {
     TransferReset(TransferIndex),
     ChunkFailed { job: JobIndex, chunk: u32, reason: ChunkFailure },
     FetchEnded(JobIndex),
-}
-
-/// Who sent a LOOKUP.
-#[derive(Clone, Copy, Debug)]
-enum Asker {
-    Job(JobIndex),
-    Lookup(LookupIndex),
 }
 
 /// The data plane's side of the protocol, for one receive queue; queues share nothing.
@@ -94,9 +111,9 @@ enum Asker {
 #[derive(Debug)]
 pub struct FetchEngine<L> {
     config: FetchConfig,
+    placement: Placement,
     layout: L,
-    /// Segments of a PULL at most: a quarter of the window, so that several are in flight.
-    pull_segments: u32,
+    tolerance_ns: u64,
     plane_segments: u32,
     /// Words of a transfer's bitmap, of a chunk's set of planes.
     segment_words: usize,
@@ -104,10 +121,15 @@ pub struct FetchEngine<L> {
 
     jobs: Box<[Job]>,
     job_keys: Box<[Key]>,
-    /// For each fetch, the chunks that its LOOKUP asks for.
-    job_requests: Box<[[ChunkIndex; MAX_LOOKUP_KEYS]]>,
+    /// For each fetch, which of its chunks have or had a slot.
+    job_admitted: Box<[u64]>,
     lookups: Box<[LookupJob]>,
     lookup_keys: Box<[Key]>,
+    /// For each lookup, what is known of the keys that it asks for.
+    lookup_answers: Box<[Answer]>,
+    queries: Box<[Query]>,
+    query_links: Links<QueryIndex>,
+    requests: Box<[Request]>,
     chunks: Box<[ChunkSlot]>,
     chunk_links: Links<ChunkIndex>,
     chunk_headers: Box<[u8]>,
@@ -117,36 +139,71 @@ pub struct FetchEngine<L> {
     chunk_corrupt: Box<[u8]>,
     transfers: Box<[Transfer]>,
     transfer_links: Links<TransferIndex>,
-    arrived: Box<[u64]>,
+    /// For each transfer, its segments, and by which PULL each was asked for last.
+    segments: Box<[Word]>,
+    asked_by: Box<[AskIndex]>,
+    asks: Asks,
     stores: Box<[Store]>,
 
     free_jobs: Vec<JobIndex>,
     free_lookups: Vec<LookupIndex>,
     free_chunks: Vec<ChunkIndex>,
     free_planes: Vec<TransferIndex>,
-    /// LOOKUPs to send; header transfers to ask for; fetches with planes to ask for; fetches with chunks to admit.
-    due_requests: VecDeque<Asker>,
+    /// Stores to send LOOKUPs to; header transfers to ask for; fetches with planes to ask for; with chunks to admit.
+    due_stores: VecDeque<StoreIndex>,
     due_headers: VecDeque<TransferIndex>,
-    ready: VecDeque<JobIndex>,
-    admit: VecDeque<JobIndex>,
+    ready: Vec<JobIndex>,
+    admit: Vec<JobIndex>,
     events: VecDeque<Queued>,
 
     /// Nothing in `ready`, or in `admit`, can go on until something is freed.
     ready_blocked: bool,
     admit_blocked: bool,
-    /// No timer fires before this.
+    /// The latest time that the caller has told.
+    now: Instant,
+    /// Nothing of a store is late before this; no deadline comes before that; nothing is sent before the last.
     next_timeout: Instant,
+    next_deadline: Instant,
+    paced_until: Instant,
+    link: Link,
+    pacer: Pacer,
+    /// Whether a store's window met congestion in this round of the link.
+    congested: bool,
     in_flight: u32,
     memory: u32,
-    /// Stores with fetches under way.
+    /// Fetches ever started.
+    starts: u64,
+    /// Stores with chunks under way.
     busy_stores: u32,
     counters: FetchCounters,
 }
 
 impl<L: ChunkLayout> FetchEngine<L> {
-    /// An engine with nothing under way. All memory is allocated here.
+    /// An engine with nothing under way, of stores that are placed by their number, each chunk on one of them. All memory
+    /// is allocated here.
+    ///
+    /// # Errors
+    /// If a budget cannot work.
     pub fn new(config: FetchConfig, layout: L) -> Result<FetchEngine<L>, ConfigError> {
         config.check()?;
+        let ids: Vec<u64> = (0..u64::from(config.stores)).collect();
+        let placement = Placement::new(&ids, 1).expect("at least one store, no number twice");
+        FetchEngine::with_placement(config, placement, layout)
+    }
+
+    /// The same for stores placed by `placement`, whose indices are those of its list.
+    ///
+    /// # Errors
+    /// If a budget cannot work.
+    pub fn with_placement(
+        config: FetchConfig,
+        placement: Placement,
+        layout: L,
+    ) -> Result<FetchEngine<L>, ConfigError> {
+        config.check()?;
+        if placement.stores() != usize::from(config.stores) {
+            return Err(ConfigError::Stores { placed: placement.stores(), stores: config.stores });
+        }
         let jobs = usize::from(config.max_fetches);
         let lookups = usize::from(config.max_lookups);
         let chunks = usize::from(config.active_chunks);
@@ -159,16 +216,25 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let seed = config.seed;
         let tag = |slot: usize| tag::first(u16::try_from(slot).expect("checked by FetchConfig"), seed);
         let events = jobs * keys + jobs + lookups + planes;
+        let queries = chunks + lookups * MAX_LOOKUP_KEYS;
+        let stores = usize::from(config.stores);
+        let requests = stores * usize::from(REQUESTS_PER_STORE);
+        let asks = config.window_segments.min(config.memory_segments).clamp(64, MAX_ASKS);
         Ok(FetchEngine {
-            pull_segments: (config.window_segments / 4).clamp(1, MAX_PULL_SEGMENTS),
+            placement,
+            tolerance_ns: nanos_of(config.queue_tolerance),
             plane_segments: config.plane_segments(),
             segment_words,
             plane_words,
-            jobs: (0..jobs).map(|slot| Job::free(tag(slot))).collect(),
+            jobs: vec![Job::FREE; jobs].into(),
             job_keys: vec![Key::default(); jobs * keys].into(),
-            job_requests: vec![[ChunkIndex(0); MAX_LOOKUP_KEYS]; jobs].into(),
-            lookups: (0..lookups).map(|slot| LookupJob::free(tag(jobs + slot))).collect(),
+            job_admitted: vec![0; jobs * bits::words(config.max_chunks_per_fetch)].into(),
+            lookups: vec![LookupJob::FREE; lookups].into(),
             lookup_keys: vec![Key::default(); lookups * keys].into(),
+            lookup_answers: vec![Answer::Waiting; lookups * MAX_LOOKUP_KEYS].into(),
+            queries: vec![Query::IDLE; queries].into(),
+            query_links: vec![None; queries].into(),
+            requests: (0..requests).map(|slot| Request::idle(tag(slot))).collect(),
             chunks: vec![ChunkSlot::FREE; chunks].into(),
             chunk_links: vec![None; chunks].into(),
             chunk_headers: vec![0; chunks * config.max_header_bytes as usize].into(),
@@ -177,22 +243,31 @@ impl<L: ChunkLayout> FetchEngine<L> {
             chunk_corrupt: vec![0; chunks * per_chunk].into(),
             transfers: (0..planes + chunks).map(|slot| Transfer::free(tag(slot))).collect(),
             transfer_links: vec![None; planes + chunks].into(),
-            arrived: vec![0; (planes + chunks) * segment_words].into(),
-            stores: vec![Store::new(&config); usize::from(config.stores)].into(),
+            segments: vec![Word::default(); (planes + chunks) * segment_words].into(),
+            asked_by: vec![AskIndex(0); (planes + chunks) * segment_words * 64].into(),
+            asks: Asks::new(asks as usize, seed),
+            stores: vec![Store::new(&config); stores].into(),
             free_jobs: JobIndex::all(jobs).rev().collect(),
             free_lookups: LookupIndex::all(lookups).rev().collect(),
             free_chunks: ChunkIndex::all(chunks).rev().collect(),
             free_planes: TransferIndex::all(planes).rev().collect(),
-            due_requests: VecDeque::with_capacity(jobs + lookups),
+            due_stores: VecDeque::with_capacity(stores),
             due_headers: VecDeque::with_capacity(chunks),
-            ready: VecDeque::with_capacity(jobs),
-            admit: VecDeque::with_capacity(jobs),
+            ready: Vec::with_capacity(jobs),
+            admit: Vec::with_capacity(jobs),
             events: VecDeque::with_capacity(events),
             ready_blocked: false,
             admit_blocked: false,
+            now: Instant::ZERO,
             next_timeout: Instant::FAR,
+            next_deadline: Instant::FAR,
+            paced_until: Instant::FAR,
+            link: Link::new(config.link_mbps, config.segment_bytes, config.window_segments),
+            pacer: Pacer::UNPACED,
+            congested: false,
             in_flight: 0,
             memory: 0,
+            starts: 0,
             busy_stores: 0,
             counters: FetchCounters::new(),
             config,
@@ -258,7 +333,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
     /// When to call [`handle_timeout`](Self::handle_timeout) at the latest; may be earlier than anything is overdue.
     #[inline]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        (self.next_timeout != Instant::FAR).then_some(self.next_timeout)
+        let at = self.next_timeout.min(self.next_deadline).min(self.paced_until);
+        (at != Instant::FAR).then_some(at)
     }
 
     /// Whether nothing is under way and no event waits.
@@ -305,7 +381,32 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Smoothed round-trip time of a store, once measured.
     pub fn round_trip(&self, store: StoreIndex) -> Option<Duration> {
-        self.stores.get(usize::from(store.0))?.srtt().map(Duration::from_nanos)
+        self.stores.get(usize::from(store.0))?.rtt.smoothed().map(Duration::from_nanos)
+    }
+
+    /// Segments that may be asked of a store as things are: its window, within the link's credit.
+    pub fn window_segments(&self, store: StoreIndex) -> Option<u32> {
+        Some(self.stores.get(usize::from(store.0))?.window.limit().min(self.link.cap()))
+    }
+
+    /// Segments that may be under way over all stores, as the link has it.
+    pub fn link_segments(&self) -> u32 {
+        self.link.cap()
+    }
+
+    /// Segments that may be under way beyond what the link holds.
+    pub fn burst_segments(&self) -> u32 {
+        self.link.burst()
+    }
+
+    /// Whether a store has not answered for so long that replicas are asked instead.
+    pub fn is_silent(&self, store: StoreIndex) -> bool {
+        self.stores.get(usize::from(store.0)).is_some_and(Store::is_silent)
+    }
+
+    /// Where chunks are placed.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     /// The layout given to [`new`](Self::new).
@@ -321,6 +422,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
     #[inline]
     fn arm(&mut self, at: Instant) {
         self.next_timeout = self.next_timeout.min(at);
+    }
+
+    /// Makes sure that deadlines are looked at by `at`.
+    fn arm_deadline(&mut self, at: Instant) {
+        self.next_deadline = self.next_deadline.min(at);
     }
 
     /// What one store may hold of `total` while others may come: with two stores, half.
@@ -346,7 +452,17 @@ impl<L: ChunkLayout> FetchEngine<L> {
         chunk.at() * self.plane_words..(chunk.at() + 1) * self.plane_words
     }
 
-    fn arrived_range(&self, transfer: TransferIndex) -> Range<usize> {
+    /// Where the key of a fetch's chunk lies.
+    fn job_key(&self, job: JobIndex, chunk: u32) -> usize {
+        job.at() * self.config.max_chunks_per_fetch as usize + chunk as usize
+    }
+
+    fn admitted_range(&self, job: JobIndex) -> Range<usize> {
+        let words = bits::words(self.config.max_chunks_per_fetch);
+        job.at() * words..(job.at() + 1) * words
+    }
+
+    fn segment_range(&self, transfer: TransferIndex) -> Range<usize> {
         transfer.at() * self.segment_words..(transfer.at() + 1) * self.segment_words
     }
 

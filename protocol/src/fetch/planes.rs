@@ -3,32 +3,61 @@
 use crate::chunk::ChunkLayout;
 use crate::time::Instant;
 
+use super::asks::Ask;
 use super::event::{ChunkFailure, TransferId, Verdict};
-use super::index::{ChunkIndex, Index, JobIndex, TransferIndex};
+use super::index::{AskIndex, ChunkIndex, Index, JobIndex, List, TransferIndex};
+use super::segments::Word;
 use super::tables::{ChunkState, JobState, Transfer, TransferState};
-use super::{FetchEngine, Queued, bits, tag};
+use super::{FetchEngine, Queued, bits, segments, tag};
+
+/// What became of an attempt to start a plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Started {
+    Plane(TransferIndex),
+    /// There is none to start, or its store has its share.
+    Nothing,
+    /// No transfer or no memory is free: nobody else should take what the first in turn waits for.
+    Full,
+}
 
 impl<L: ChunkLayout> FetchEngine<L> {
-    /// Starts the next plane of a fetch, if there is one, a free transfer, and memory for the whole plane.
-    pub(super) fn start_plane(&mut self, job: JobIndex) -> bool {
-        let Some(chunk) = self.jobs[job.at()].to_start.front() else { return false };
+    /// Starts the next plane of a fetch whose store can be asked for something, if there is a free transfer, and memory
+    /// for the whole plane.
+    pub(super) fn start_plane(&mut self, job: JobIndex) -> Started {
+        let cap = self.link.cap();
+        let mut next = self.jobs[job.at()].to_start.front();
+        while let Some(chunk) = next {
+            next = List::behind(&self.chunk_links, chunk);
+            let store = self.stores[usize::from(self.chunks[chunk.at()].store.0)];
+            if store.room(self.now, cap, self.link.pull()) == 0 {
+                continue;
+            }
+            match self.start_plane_of(job, chunk) {
+                Started::Nothing => {}
+                started => return started,
+            }
+        }
+        Started::Nothing
+    }
+
+    fn start_plane_of(&mut self, job: JobIndex, chunk: ChunkIndex) -> Started {
         let planes = u32::from(self.config.max_planes_per_chunk);
         let plane = bits::next_set(&self.chunk_todo[self.todo_range(chunk)], 0, planes);
         assert!(plane < planes, "a chunk in the list has planes to start");
         let range = self.chunk_ranges[chunk.at()].as_slice()[plane as usize];
         let segments = range.bytes.div_ceil(u32::from(self.config.segment_bytes));
         assert!(segments <= self.plane_segments, "checked when the header arrived");
-        if self.memory + segments > self.config.memory_segments {
-            return false;
+        if self.free_planes.is_empty() || self.memory + segments > self.config.memory_segments {
+            return Started::Full;
         }
         let plane_share = self.share(u32::from(self.config.active_planes));
         let memory_share = self.share(self.config.memory_segments);
-        let store_index = self.jobs[job.at()].store;
+        let store_index = self.chunks[chunk.at()].store;
         let store = self.store(store_index);
         if store.planes >= plane_share || (store.memory > 0 && store.memory + segments > memory_share) {
-            return false;
+            return Started::Nothing;
         }
-        let Some(index) = self.free_planes.pop() else { return false };
+        let index = self.free_planes.pop().expect("one was seen");
         let store = self.store(store_index);
         store.planes += 1;
         store.memory += segments;
@@ -42,7 +71,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.begin(index, chunk, plane, range.offset, range.bytes);
         self.transfers[index.at()].listed = true;
         self.jobs[job.at()].to_ask.push_back(&mut self.transfer_links, index);
-        true
+        Started::Plane(index)
     }
 
     /// Makes a free transfer pull a byte range of a chunk.
@@ -57,11 +86,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let segment_bytes = u32::from(self.config.segment_bytes);
         let segments = bytes.div_ceil(segment_bytes);
         assert!(bytes > 0 && bits::words(segments) <= self.segment_words, "the range was checked before");
-        let arrived = self.arrived_range(index);
-        self.arrived[arrived].fill(0);
+        let words = self.segment_range(index);
+        self.segments[words].fill(Word::default());
         let slot = &mut self.chunks[chunk.at()];
         slot.transfers += 1;
-        let store = self.jobs[slot.job.at()].store;
+        let store = slot.store;
         let before = &self.transfers[index.at()];
         assert_eq!(before.state, TransferState::Free, "a transfer is used once at a time");
         self.transfers[index.at()] = Transfer {
@@ -80,14 +109,73 @@ impl<L: ChunkLayout> FetchEngine<L> {
         };
     }
 
-    /// Takes a transfer's segments out of the window, arrived or given up.
+    /// Gives up all that is under way of a transfer, without a thought of asking for it again.
     pub(super) fn leave_window(&mut self, index: TransferIndex) {
+        let (first, segments) = (index.at() * self.segment_words * 64, self.transfers[index.at()].segments);
+        let mut at = 0;
+        while self.transfers[index.at()].in_flight > 0 {
+            let words = &self.segments[self.segment_range(index)];
+            let segment = segments::next_asked(words, at, segments);
+            assert!(segment < segments, "what is under way is marked as asked for");
+            let ask = self.asked_by[first + segment as usize];
+            self.withdraw(ask);
+            at = segment + 1;
+        }
+    }
+
+    /// Takes what a PULL still brings out of the window; gives its transfer, first segment and the segments.
+    pub(super) fn withdraw(&mut self, ask: AskIndex) -> (TransferIndex, u32, u64) {
+        let Ask { transfer, store, base, outstanding, .. } = *self.asks.get(ask);
+        let words = self.segment_range(transfer);
+        segments::clear_asked(&mut self.segments[words], base, outstanding);
+        let count = outstanding.count_ones();
+        self.transfers[transfer.at()].in_flight -= count;
+        self.in_flight -= count;
+        let store = &mut self.stores[usize::from(store.0)];
+        store.in_flight -= count;
+        self.asks.take(&mut store.asks, ask, outstanding);
+        self.ready_blocked = false;
+        (transfer, base, outstanding)
+    }
+
+    /// Gives up what a PULL still brings: it is wanted again, before anything else of its fetch.
+    pub(super) fn give_up(&mut self, ask: AskIndex) -> u32 {
+        let (index, base, outstanding) = self.withdraw(ask);
         let transfer = &mut self.transfers[index.at()];
-        let (store, in_flight) = (transfer.store, transfer.in_flight);
-        transfer.in_flight = 0;
-        transfer.timed_segment = u32::MAX;
-        self.store(store).in_flight -= in_flight;
-        self.in_flight -= in_flight;
+        transfer.cursor = transfer.cursor.min(base + outstanding.trailing_zeros());
+        self.want_segments(index);
+        outstanding.count_ones()
+    }
+
+    /// Gives up the last segment that a PULL still brings.
+    pub(super) fn give_up_last(&mut self, ask: AskIndex) {
+        let Ask { transfer: index, store, base, outstanding, .. } = *self.asks.get(ask);
+        let last = 63 - outstanding.leading_zeros();
+        let words = self.segment_range(index);
+        segments::clear_asked(&mut self.segments[words], base, 1 << last);
+        let store = &mut self.stores[usize::from(store.0)];
+        self.asks.take(&mut store.asks, ask, 1 << last);
+        store.in_flight -= 1;
+        self.in_flight -= 1;
+        let transfer = &mut self.transfers[index.at()];
+        transfer.in_flight -= 1;
+        transfer.cursor = transfer.cursor.min(base + last);
+        self.want_segments(index);
+    }
+
+    /// Notes that a transfer has segments to ask for again.
+    pub(super) fn want_segments(&mut self, index: TransferIndex) {
+        if self.is_header(index) {
+            self.make_header_due(index);
+            return;
+        }
+        let Transfer { chunk, listed, .. } = self.transfers[index.at()];
+        let job = self.chunks[chunk.at()].job;
+        if !listed {
+            self.transfers[index.at()].listed = true;
+            self.jobs[job.at()].to_ask.push_front(&mut self.transfer_links, index);
+        }
+        self.make_ready(job);
     }
 
     /// Stops all transfers of a chunk that are still receiving. Their planes may be started again.
@@ -156,7 +244,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
     }
 
     /// Takes in what became of an arrived plane. False, and nothing else, if `transfer` does not await a verdict.
-    pub fn verdict(&mut self, _now: Instant, transfer: TransferId, verdict: Verdict) -> bool {
+    pub fn verdict(&mut self, now: Instant, transfer: TransferId, verdict: Verdict) -> bool {
+        self.now = self.now.max(now);
         let Some(found) = self.announced(transfer) else { return false };
         let (chunk, plane) = (found.chunk, found.plane);
         // `announced` has found the slot in the table.

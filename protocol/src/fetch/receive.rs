@@ -3,12 +3,20 @@
 use crate::chunk::ChunkLayout;
 use crate::reason::DropReason;
 use crate::time::Instant;
-use crate::wire::message::{self, Data, ErrorCode, LookupReply, Message, Refusal, Subject};
+use crate::wire::message::{self, Data, ErrorCode, Message, Refusal, Subject};
 
-use super::event::{Accepted, LookupOutcome, StoreIndex, TransferId};
-use super::index::{Index, JobIndex, LookupIndex, TransferIndex};
-use super::tables::{JobState, Request, RequestState, TransferState};
-use super::{FetchEngine, Queued, tag};
+use super::event::{Accepted, StoreIndex, TransferId};
+use super::index::{AskIndex, Index, TransferIndex};
+use super::tables::TransferState;
+use super::window::Path;
+use super::{FetchEngine, Queued, segments, tag};
+
+/// The tolerated delay is at least this share of the least round trip.
+const TOLERANCE_SHARE: u64 = 4;
+/// Least time that a busy store is left alone, in microseconds.
+const LEAST_RETRY_US: u64 = 20;
+/// Most of the same: a store that says more is asked again all the same.
+const MOST_RETRY_NS: u64 = 100_000_000;
 
 impl<L: ChunkLayout> FetchEngine<L> {
     /// Takes in a UDP payload that came from `store`. An error is counted already.
@@ -25,8 +33,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
     ) -> Result<Accepted, DropReason> {
         self.counters.datagrams += 1;
         self.counters.marked += u64::from(marked);
+        self.now = self.now.max(now);
         let result = match message::data(payload) {
-            Some(data) => self.handle_data(now, store, &data),
+            Some(data) => self.handle_data(now, store, marked, &data),
             None => self.handle_control(now, store, payload),
         };
         if let Err(reason) = result {
@@ -39,7 +48,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
     fn handle_data(
         &mut self,
         now: Instant,
-        store: StoreIndex,
+        store_index: StoreIndex,
+        marked: bool,
         data: &Data<'_>,
     ) -> Result<Accepted, DropReason> {
         let index = TransferIndex(tag::slot_of(data.tag));
@@ -52,7 +62,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             TransferState::Arrived | TransferState::Announced => return Err(DropReason::Duplicate),
             TransferState::Free | TransferState::Reset => return Err(DropReason::Stale),
         }
-        if transfer.store != store {
+        if transfer.store != store_index {
             return Err(DropReason::WrongStore);
         }
         if transfer.epoch != data.epoch {
@@ -66,30 +76,32 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if data.payload.len() != bytes as usize {
             return Err(DropReason::BadLength);
         }
-        let word = &mut self.arrived[index.at() * self.segment_words + (data.segment / 64) as usize];
-        let bit = 1_u64 << (data.segment % 64);
-        if *word & bit != 0 {
+        let first_word = index.at() * self.segment_words;
+        let (word, bit) = segments::place(data.segment);
+        let word = &mut self.segments[first_word + word];
+        if word.arrived & bit != 0 {
             return Err(DropReason::Duplicate);
         }
-        *word |= bit;
+        word.arrived |= bit;
         transfer.arrived += 1;
-        transfer.backoff = 0;
-        let store = &mut self.stores[usize::from(store.0)];
-        if data.segment < transfer.cursor {
+        let store = &mut self.stores[usize::from(store_index.0)];
+        let mut asked_by = None;
+        if word.asked & bit != 0 {
+            word.asked &= !bit;
+            let ask = self.asked_by[first_word * 64 + data.segment as usize];
+            asked_by = Some(ask);
             transfer.in_flight -= 1;
             store.in_flight -= 1;
             self.in_flight -= 1;
-            if data.segment == transfer.timed_segment {
-                transfer.timed_segment = u32::MAX;
-                store.sample(now.nanos().saturating_sub(transfer.timed_at.nanos()));
-            }
-            transfer.rto_at = now.plus_nanos(store.rto(0));
+            let base = self.asks.get(ask).base;
+            self.asks.take(&mut store.asks, ask, 1 << (data.segment - base));
         }
-        if store.silent_timeouts != 0 {
-            store.silent_timeouts = 0;
-            self.ready_blocked = false;
-        }
+        store.heard(now);
+        store.window.arrived(marked);
+        self.link.arrived(bytes);
+        self.ready_blocked = false;
         let is_whole = transfer.arrived == transfer.segments;
+        self.note_answer(now, store_index, index, data, asked_by);
         if self.is_header(index) {
             self.place_header(index, data, is_whole);
             return Ok(Accepted::Control);
@@ -107,11 +119,95 @@ impl<L: ChunkLayout> FetchEngine<L> {
         })
     }
 
+    /// Learns from the PULL that a segment answers: the round trip, what must be lost, whether it was lost at all. What
+    /// the store says of the PULL is believed only if that PULL was for this segment.
+    #[inline]
+    fn note_answer(
+        &mut self,
+        now: Instant,
+        store_index: StoreIndex,
+        index: TransferIndex,
+        data: &Data<'_>,
+        asked_by: Option<AskIndex>,
+    ) {
+        let Some(ask) = self.asks.find(data.sequence) else { return };
+        let place = data.segment.wrapping_sub(ask.base);
+        if ask.store != store_index || ask.transfer != index || place >= 64 {
+            return;
+        }
+        let (order, rtt) = (ask.order, now.nanos().saturating_sub(ask.sent_at.nanos()));
+        let is_first = place == 0;
+        let store = &mut self.stores[usize::from(store_index.0)];
+        if asked_by.is_none_or(|by| self.asks.get(by).sequence != data.sequence) {
+            self.counters.segments_late += 1;
+            store.rack.was_late(order, self.asks.last_order());
+        }
+        if is_first {
+            self.take_round_trip(now, store_index, rtt, u64::from(data.waited_ns));
+        }
+        let store = &mut self.stores[usize::from(store_index.0)];
+        if store.rack.arrived(order, rtt)
+            && let Some(smoothed) = store.rtt.smoothed()
+            && let Some(oldest) = store.asks.oldest()
+        {
+            let oldest = self.asks.get(oldest);
+            if let Some(at) = store.rack.lost_at(oldest.order, oldest.sent_at.nanos(), smoothed) {
+                self.arm(Instant::from_nanos(at));
+            }
+        }
+        if self.stores[usize::from(store_index.0)].window.is_over(order) {
+            self.end_store_round(store_index);
+        }
+        if self.link.is_over(order) {
+            self.end_link_round(now);
+        }
+    }
+
+    /// Takes in a round trip of something that was asked for once, or whose answer says by which PULL.
+    fn take_round_trip(&mut self, now: Instant, store: StoreIndex, rtt: u64, waited: u64) {
+        let entry = &mut self.stores[usize::from(store.0)];
+        let was_unknown = entry.rtt.least().is_none();
+        entry.rtt.sample(now.nanos(), rtt, waited);
+        entry.window.sample(rtt);
+        entry.latency.sample(rtt);
+        if was_unknown {
+            self.measure_base();
+        }
+    }
+
+    #[cold]
+    fn end_store_round(&mut self, store: StoreIndex) {
+        let entry = &mut self.stores[usize::from(store.0)];
+        let Some(base) = entry.rtt.least() else { return };
+        let tolerance = self.tolerance_ns.max(base / TOLERANCE_SHARE);
+        let path = Path { base, tolerance, most: self.link.cap() };
+        self.congested |= entry.window.end_round(self.asks.last_order(), &path);
+    }
+
+    #[cold]
+    fn end_link_round(&mut self, now: Instant) {
+        self.link.end_round(now, self.asks.last_order(), self.congested);
+        self.congested = false;
+        self.measure_base();
+    }
+
+    /// Tells the link how far its farthest store is, of those that are asked for something.
+    fn measure_base(&mut self) {
+        let asked = self.stores.iter().filter(|store| store.chunks > 0 || store.in_flight > 0);
+        if let Some(base) = asked.filter_map(|store| store.rtt.least()).max() {
+            self.link.set_base(base);
+        }
+        let (rate, wire_bytes) = self.link.pace();
+        self.pacer.set_rate(rate, wire_bytes, self.link.burst());
+    }
+
     fn plane_arrived(&mut self, index: TransferIndex) {
         self.unlist_transfer(index);
         let transfer = &mut self.transfers[index.at()];
         assert_eq!(transfer.in_flight, 0, "a transfer that is whole has nothing in flight");
         transfer.state = TransferState::Arrived;
+        let job = self.chunks[transfer.chunk.at()].job;
+        self.jobs[job.at()].left = self.jobs[job.at()].left.saturating_sub(1);
         self.counters.planes_arrived += 1;
         self.push_event(Queued::PlaneArrived(index));
     }
@@ -135,7 +231,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         payload: &[u8],
     ) -> Result<Accepted, DropReason> {
         match Message::new_checked(payload)? {
-            Message::Data(data) => return self.handle_data(now, store, &data),
+            Message::Data(data) => return self.handle_data(now, store, false, &data),
             Message::LookupReply(reply) => self.handle_reply(now, store, &reply)?,
             Message::Error(refusal) => self.handle_refusal(store, &refusal)?,
             Message::Lookup(_) | Message::Pull(_) | Message::Probe(_) | Message::ProbeReply(_) => {
@@ -146,69 +242,20 @@ impl<L: ChunkLayout> FetchEngine<L> {
         Ok(Accepted::Control)
     }
 
-    fn handle_reply(
-        &mut self,
-        now: Instant,
-        store: StoreIndex,
-        reply: &LookupReply<'_>,
-    ) -> Result<(), DropReason> {
-        let slot = tag::slot_of(reply.request);
-        let Some(lookup) = slot.checked_sub(self.config.max_fetches) else {
-            let index = JobIndex(slot);
-            let job = &mut self.jobs[index.at()];
-            let rtt = check_reply(&mut job.request, now, reply, job.store == store)?;
-            self.sample(store, rtt);
-            self.handle_job_reply(index, reply);
-            return Ok(());
-        };
-        let index = LookupIndex(lookup);
-        let job = self.lookups.get_mut(index.at()).ok_or(DropReason::Stale)?;
-        let rtt = check_reply(&mut job.request, now, reply, job.store == store)?;
-        self.sample(store, rtt);
-        self.handle_lookup_reply(index, reply);
-        Ok(())
-    }
-
-    fn sample(&mut self, store: StoreIndex, rtt: Option<u64>) {
-        let store = self.store(store);
-        store.silent_timeouts = 0;
-        if let Some(rtt) = rtt {
-            store.sample(rtt);
-        }
+    /// Takes in that a store answered a LOOKUP, with the round trip if that is known.
+    pub(super) fn heard_reply(&mut self, now: Instant, store: StoreIndex, rtt: Option<u64>) {
+        self.store(store).heard(now);
         self.ready_blocked = false;
-    }
-
-    fn handle_job_reply(&mut self, index: JobIndex, reply: &LookupReply<'_>) {
-        let asked = self.job_requests[index.at()];
-        for (chunk, info) in asked.into_iter().zip(reply.entries()) {
-            self.looked_up(chunk, reply.epoch, info);
-        }
-        if self.jobs[index.at()].state == JobState::Running {
-            self.admit_blocked = false;
-            self.request_chunks(index);
-        }
-    }
-
-    fn handle_lookup_reply(&mut self, index: LookupIndex, reply: &LookupReply<'_>) {
-        let job = &mut self.lookups[index.at()];
-        for info in reply.entries() {
-            let Some(info) = info else {
-                return self.finish_lookup(index, LookupOutcome::Done);
-            };
-            job.found += 1;
-            job.tokens += u64::from(info.tokens);
-            job.encoded_bytes = job.encoded_bytes.saturating_add(info.chunk_bytes);
-            job.last = Some(info);
-        }
-        if job.found == job.keys {
-            self.finish_lookup(index, LookupOutcome::Done);
-        } else {
-            self.request_prefix(index);
+        if let Some(rtt) = rtt {
+            self.take_round_trip(now, store, rtt, 0);
         }
     }
 
     fn handle_refusal(&mut self, store: StoreIndex, refusal: &Refusal) -> Result<(), DropReason> {
+        let retry_ns = u64::from(refusal.retry_us).max(LEAST_RETRY_US) * 1000;
         if refusal.subject == Subject::Lookup {
+            self.put_off(store, refusal.tag)?;
+            self.rest(store, retry_ns, None);
             return Ok(());
         }
         let index = TransferIndex(tag::slot_of(refusal.tag));
@@ -219,30 +266,32 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if transfer.store != store {
             return Err(DropReason::WrongStore);
         }
-        if refusal.code != ErrorCode::Busy {
-            self.refused(transfer.chunk, refusal.code);
+        let chunk = transfer.chunk;
+        if refusal.code == ErrorCode::Busy {
+            self.rest(store, retry_ns, Some(refusal.sequence));
+        } else {
+            self.refused(chunk, refusal.code);
         }
         Ok(())
     }
-}
 
-/// Checks a reply against the LOOKUP it should answer, and closes that; gives the round-trip time if the LOOKUP was
-/// sent once.
-fn check_reply(
-    request: &mut Request,
-    now: Instant,
-    reply: &LookupReply<'_>,
-    from_its_store: bool,
-) -> Result<Option<u64>, DropReason> {
-    if request.id != reply.request || request.state == RequestState::Idle || request.sent == 0 {
-        return Err(DropReason::Stale);
+    /// A store is busy: asks it for nothing for a while and then for less. What the PULL it could not take would have
+    /// brought is wanted again; chunks go to replicas.
+    fn rest(&mut self, store: StoreIndex, nanos: u64, refused: Option<u32>) {
+        self.counters.busy += 1;
+        if let Some(ask) = refused.and_then(|sequence| self.asks.under_way(sequence, store)) {
+            self.give_up(ask);
+        }
+        let until = self.now.plus_nanos(nanos.min(MOST_RETRY_NS));
+        let entry = self.store(store);
+        if entry.busy_until <= until {
+            if entry.busy_until == Instant::ZERO {
+                let in_flight = entry.in_flight;
+                entry.window.busy(in_flight);
+            }
+            entry.busy_until = until;
+            self.arm(until);
+        }
+        self.leave_store(store);
     }
-    if !from_its_store {
-        return Err(DropReason::WrongStore);
-    }
-    if reply.entries().len() != usize::from(request.keys) {
-        return Err(DropReason::BadLength);
-    }
-    request.state = RequestState::Idle;
-    Ok((request.sent == 1).then(|| now.nanos().saturating_sub(request.sent_at.nanos())))
 }

@@ -1,85 +1,86 @@
-//! What is known of a store: its round-trip time and how much it is working on.
+//! Round-trip time of one store: smoothed, its variation, its least, and the timeouts that follow (RFC 9002 section 5
+//! and 6.2; RFC 6298).
 
-use crate::time::nanos_of;
-
-use super::config::FetchConfig;
-
-/// Timeouts without an arrival in between after which a store is only probed: with one PULL's worth in flight.
-const SILENT_TIMEOUTS: u32 = 2;
-/// The first RTO, before any sample, as a multiple of the least.
+/// The first timeout, before any sample, as a multiple of the least.
 const INITIAL_RTO_FACTOR: u64 = 8;
+/// How long a least round trip is believed: BBR's filter (draft-ietf-ccwg-bbr, MinRTTFilterLen).
+const LEAST_FOR_NS: u64 = 10_000_000_000;
+/// Least margin of a tail probe over the smoothed round trip: a loop's turn on a busy core. RFC 9002's granularity is
+/// a millisecond, for timers of an operating system; we poll.
+const GRANULARITY_NS: u64 = 20_000;
 
+/// All times in nanoseconds.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Store {
-    /// Smoothed round-trip time and its variation (RFC 6298), nanoseconds; zero before the first sample.
-    srtt: u64,
-    rttvar: u64,
+pub(super) struct Rtt {
+    /// Zero before the first sample.
+    smoothed: u64,
+    variation: u64,
     rto: u64,
+    pto: u64,
     rto_min: u64,
     rto_max: u64,
-    /// Transfers that timed out since something arrived.
-    pub(super) silent_timeouts: u32,
-    /// Segments asked of this store and neither arrived nor given up.
-    pub(super) in_flight: u32,
-    /// Fetches under way.
-    pub(super) fetches: u32,
-    /// Chunk slots, plane slots and segments of memory that its fetches hold.
-    pub(super) chunks: u32,
-    pub(super) planes: u32,
-    pub(super) memory: u32,
+    /// Least of this period and of the one before.
+    least: [u64; 2],
+    period_from: u64,
 }
 
-impl Store {
-    pub(super) fn new(config: &FetchConfig) -> Store {
-        let (rto_min, rto_max) = (nanos_of(config.rto_min), nanos_of(config.rto_max));
-        Store {
-            srtt: 0,
-            rttvar: 0,
-            rto: rto_min.saturating_mul(INITIAL_RTO_FACTOR).min(rto_max),
+impl Rtt {
+    pub(super) fn new(rto_min: u64, rto_max: u64) -> Rtt {
+        let initial = rto_min.saturating_mul(INITIAL_RTO_FACTOR).min(rto_max);
+        Rtt {
+            smoothed: 0,
+            variation: 0,
+            rto: initial,
+            pto: initial,
             rto_min,
             rto_max,
-            silent_timeouts: 0,
-            in_flight: 0,
-            fetches: 0,
-            chunks: 0,
-            planes: 0,
-            memory: 0,
+            least: [u64::MAX; 2],
+            period_from: 0,
         }
     }
 
-    /// Takes in the round-trip time of something that was asked for once (Karn).
-    pub(super) fn sample(&mut self, rtt: u64) {
+    /// Takes in a round trip, of which the request spent `waited` in the store's queue.
+    pub(super) fn sample(&mut self, now: u64, rtt: u64, waited: u64) {
         let rtt = rtt.max(1);
-        if self.srtt == 0 {
-            (self.srtt, self.rttvar) = (rtt, rtt / 2);
+        if self.smoothed == 0 {
+            (self.smoothed, self.variation) = (rtt, rtt / 2);
         } else {
-            self.rttvar = self.rttvar - self.rttvar / 4 + self.srtt.abs_diff(rtt) / 4;
-            self.srtt = self.srtt - self.srtt / 8 + rtt / 8;
+            self.variation = self.variation - self.variation / 4 + self.smoothed.abs_diff(rtt) / 4;
+            self.smoothed = (self.smoothed - self.smoothed / 8 + rtt / 8).max(1);
         }
-        let margin = self.rttvar.saturating_mul(4);
-        self.rto = self.srtt.saturating_add(margin).clamp(self.rto_min, self.rto_max);
+        let margin = self.variation.saturating_mul(4);
+        self.rto = self.smoothed.saturating_add(margin).clamp(self.rto_min, self.rto_max);
+        self.pto = self.smoothed.saturating_add(margin.max(GRANULARITY_NS)).min(self.rto_max);
+        if now.saturating_sub(self.period_from) >= LEAST_FOR_NS {
+            self.least = [u64::MAX, self.least[0]];
+            self.period_from = now;
+        }
+        // A store that says to have waited for longer than the round trip took is not believed.
+        let base = if waited < rtt { rtt - waited } else { rtt };
+        self.least[0] = self.least[0].min(base);
     }
 
-    /// Retransmission timeout after `backoff` doublings, nanoseconds.
+    /// Smoothed round-trip time, once measured.
     #[inline]
+    pub(super) fn smoothed(&self) -> Option<u64> {
+        (self.smoothed != 0).then_some(self.smoothed)
+    }
+
+    /// The round trip without queues, once measured.
+    pub(super) fn least(&self) -> Option<u64> {
+        let least = self.least[0].min(self.least[1]);
+        (least != u64::MAX).then_some(least)
+    }
+
+    /// How long to wait for an arrival before asking for the last segment again.
+    #[inline]
+    pub(super) fn pto(&self) -> u64 {
+        self.pto
+    }
+
+    /// How long to wait for an arrival before everything counts as lost, after `backoff` doublings.
     pub(super) fn rto(&self, backoff: u8) -> u64 {
-        if backoff == 0 {
-            return self.rto;
-        }
         self.rto.saturating_mul(1 << backoff.min(20)).min(self.rto_max)
-    }
-
-    /// Smoothed round-trip time in nanoseconds, once measured.
-    pub(super) fn srtt(&self) -> Option<u64> {
-        (self.srtt != 0).then_some(self.srtt)
-    }
-
-    /// Segments that may be asked of this store beyond those in flight.
-    pub(super) fn room(&self, pull_segments: u32) -> u32 {
-        if self.silent_timeouts < SILENT_TIMEOUTS {
-            return u32::MAX;
-        }
-        pull_segments.saturating_sub(self.in_flight)
     }
 }
 
@@ -89,19 +90,29 @@ mod tests {
 
     #[test]
     fn estimates_as_rfc_6298_says() {
-        let config = FetchConfig {
-            rto_min: std::time::Duration::from_nanos(10),
-            rto_max: std::time::Duration::from_millis(1),
-            ..FetchConfig::default()
-        };
-        let mut store = Store::new(&config);
-        assert_eq!(store.rto(0), 80);
-        store.sample(8000);
-        assert_eq!(store.rto(0), 8000 + 4 * 4000);
-        store.sample(16_000);
-        // rttvar = 3/4 * 4000 + 1/4 * 8000, srtt = 7/8 * 8000 + 1/8 * 16000.
-        assert_eq!(store.rto(0), 9000 + 4 * 5000);
-        assert_eq!(store.rto(2), 4 * 29_000);
-        assert_eq!(store.rto(20), 1_000_000);
+        let mut rtt = Rtt::new(10, 1_000_000);
+        assert_eq!(rtt.rto(0), 80);
+        rtt.sample(0, 8000, 0);
+        assert_eq!(rtt.rto(0), 8000 + 4 * 4000);
+        rtt.sample(0, 16_000, 0);
+        // variation = 3/4 * 4000 + 1/4 * 8000, smoothed = 7/8 * 8000 + 1/8 * 16000.
+        assert_eq!(rtt.rto(0), 9000 + 4 * 5000);
+        assert_eq!(rtt.rto(2), 4 * 29_000);
+        assert_eq!(rtt.rto(20), 1_000_000);
+        assert_eq!(rtt.pto(), 9000 + 20_000);
+    }
+
+    #[test]
+    fn the_least_is_without_the_stores_queue_and_is_forgotten() {
+        let mut rtt = Rtt::new(10, 1_000_000);
+        assert_eq!(rtt.least(), None);
+        rtt.sample(0, 10_000, 4000);
+        assert_eq!(rtt.least(), Some(6000));
+        rtt.sample(0, 10_000, 20_000);
+        assert_eq!(rtt.least(), Some(6000));
+        rtt.sample(LEAST_FOR_NS, 9000, 0);
+        assert_eq!(rtt.least(), Some(6000));
+        rtt.sample(2 * LEAST_FOR_NS, 9500, 0);
+        assert_eq!(rtt.least(), Some(9000));
     }
 }

@@ -4,10 +4,26 @@ use crate::chunk::ChunkLayout;
 use crate::time::Instant;
 use crate::wire::message::{self, MAX_CONTROL_BYTES, MAX_PULL_RUNS, PullRange, Run};
 
-use super::event::Transmit;
-use super::index::{Index, JobIndex, TransferIndex};
-use super::tables::{JobState, Request, RequestState, TransferState};
-use super::{Asker, FetchEngine, bits};
+use super::event::{StoreIndex, Transmit};
+use super::index::{Index, JobIndex, List, TransferIndex};
+use super::planes::Started;
+use super::tables::{ChunkState, JobState, TransferState};
+use super::{FetchEngine, bits, segments};
+
+/// How far beyond the first chunk without a slot another may be given one, because the first's store has its share.
+const LOOK_AHEAD: u32 = 64;
+/// A PULL covers 64 segments, so it has at most half as many runs.
+const PULL_RUNS: usize = 32;
+const _: () = assert!(PULL_RUNS <= MAX_PULL_RUNS);
+
+/// What a fetch did with its turn.
+enum Turn {
+    Sent(Transmit),
+    /// It has nothing that can be asked for now.
+    Passed,
+    /// Nobody else is to have what it waits for.
+    Waits,
+}
 
 impl<L: ChunkLayout> FetchEngine<L> {
     /// Writes the next message to send, if credit allows one; `out` needs [`MAX_CONTROL_BYTES`], with less
@@ -16,11 +32,25 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if out.len() < MAX_CONTROL_BYTES {
             return None;
         }
+        self.now = self.now.max(now);
         self.admit();
+        if self.due_stores.is_empty() && self.due_headers.is_empty() && self.ready_blocked {
+            return None;
+        }
+        if self.pacer.next() > now {
+            self.paced_until = self.pacer.next();
+            return None;
+        }
         if let Some(transmit) = self.send_request(now, out) {
+            // The answers to many LOOKUPs come in one go too.
+            self.pacer.spend(now, 1);
             return Some(transmit);
         }
-        if self.in_flight >= self.config.window_segments {
+        if self.in_flight >= self.link.cap() {
+            self.link.is_full();
+            return None;
+        }
+        if !self.asks.has_room() {
             return None;
         }
         self.send_header_pull(now, out).or_else(|| self.send_plane_pull(now, out))
@@ -31,7 +61,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let job = &mut self.jobs[index.at()];
         if !job.in_admit {
             job.in_admit = true;
-            self.admit.push_back(index);
+            self.admit.push(index);
         }
         self.admit_blocked = false;
     }
@@ -41,7 +71,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let job = &mut self.jobs[index.at()];
         if !job.in_ready {
             job.in_ready = true;
-            self.ready.push_back(index);
+            self.ready.push(index);
         }
         self.ready_blocked = false;
     }
@@ -55,130 +85,74 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
     }
 
-    /// Notes that a LOOKUP of `keys` keys is to be sent.
-    pub(super) fn make_due(&mut self, asker: Asker, keys: u8) {
-        let request = self.request(asker);
-        assert_eq!(request.state, RequestState::Idle, "one LOOKUP at a time");
-        let fresh = Request::new(super::tag::next(request.id));
-        *request = Request { keys, state: RequestState::Due, queued: request.queued, ..fresh };
-        self.queue_request(asker);
-    }
-
-    /// Puts a LOOKUP that is due into the queue, if it is not there.
-    pub(super) fn queue_request(&mut self, asker: Asker) {
-        let request = self.request(asker);
-        request.state = RequestState::Due;
-        if !request.queued {
-            request.queued = true;
-            self.due_requests.push_back(asker);
-        }
-    }
-
-    fn request(&mut self, asker: Asker) -> &mut Request {
-        match asker {
-            Asker::Job(index) => &mut self.jobs[index.at()].request,
-            Asker::Lookup(index) => &mut self.lookups[index.at()].request,
-        }
-    }
-
-    /// Has a fetch's waiting chunks looked up, unless a LOOKUP of it is under way.
-    pub(super) fn request_chunks(&mut self, index: JobIndex) {
-        let job = &mut self.jobs[index.at()];
-        if job.request.state != RequestState::Idle {
-            return;
-        }
-        let mut keys = 0_u8;
-        for place in &mut self.job_requests[index.at()] {
-            let Some(chunk) = job.to_look_up.pop_front(&mut self.chunk_links) else { break };
-            self.chunks[chunk.at()].listed = false;
-            *place = chunk;
-            keys += 1;
-        }
-        if keys > 0 {
-            self.make_due(Asker::Job(index), keys);
-        }
-    }
-
-    /// Gives chunk slots to the fetches that want some, in turn.
+    /// Gives chunk slots to the fetches that want some, the first in turn first.
     fn admit(&mut self) {
         if self.admit_blocked {
             return;
         }
-        for _ in 0..self.admit.len() {
-            let Some(index) = self.admit.pop_front() else { break };
+        let (schedule, jobs) = (self.config.schedule, &self.jobs);
+        self.admit.sort_unstable_by_key(|index| schedule.rank(&jobs[index.at()], 1));
+        let mut at = 0;
+        while let Some(index) = self.admit.get(at).copied() {
             self.admit_some(index);
             let job = &mut self.jobs[index.at()];
             if job.state == JobState::Running && job.next_chunk < job.keys {
-                self.admit.push_back(index);
+                at += 1;
             } else {
                 job.in_admit = false;
+                self.admit.remove(at);
             }
         }
         self.admit_blocked = true;
     }
 
     fn admit_some(&mut self, index: JobIndex) {
-        let job = &self.jobs[index.at()];
-        let is_asking = job.request.state != RequestState::Idle || !job.to_look_up.is_empty();
-        if job.state != JobState::Running || is_asking {
+        let job = self.jobs[index.at()];
+        if job.state != JobState::Running {
             return;
         }
-        let (held, wanted, planes) = (job.chunks, job.keys - job.next_chunk, job.expect.planes());
         let active = u32::from(self.config.active_chunks);
-        let taken = self.stores[usize::from(job.store.0)].chunks;
         let free = u32::try_from(self.free_chunks.len()).unwrap_or(u32::MAX);
-        let room = free.min(self.share(active).saturating_sub(taken));
-        let worthwhile = wanted.min((active / 4).clamp(1, super::MAX_REQUEST_KEYS));
+        // There is always some left for a fetch that comes.
+        let fetches = u32::try_from(self.fetches()).unwrap_or(u32::MAX);
+        let share = (active / (fetches + 1).min(u32::from(self.config.max_fetches))).max(1);
+        let room = free.min(share.saturating_sub(job.chunks));
+        let worthwhile = (job.keys - job.next_chunk).min((active / 4).clamp(1, super::MAX_REQUEST_KEYS));
         // A fetch that has some waits until a LOOKUP is worth its packet.
-        if room == 0 || (held > 0 && room < worthwhile.div_ceil(2)) {
+        if room == 0 || (job.chunks > 0 && room < worthwhile.div_ceil(2)) {
             return;
         }
-        let mut left = room.min(worthwhile);
-        while left > 0 && self.jobs[index.at()].next_chunk < self.jobs[index.at()].keys {
-            let chunk = self.jobs[index.at()].next_chunk;
-            self.jobs[index.at()].next_chunk += 1;
-            if let Some(first) = self.first_plane(chunk, planes) {
-                self.open_chunk(index, chunk, first);
-                left -= 1;
-            }
-        }
-        self.request_chunks(index);
+        self.open_chunks(index, room.min(worthwhile));
         self.settle_job(index);
     }
 
-    fn send_request(&mut self, now: Instant, out: &mut [u8]) -> Option<Transmit> {
-        while let Some(asker) = self.due_requests.pop_front() {
-            let request = self.request(asker);
-            request.queued = false;
-            if request.state != RequestState::Due {
-                continue;
+    /// Opens up to `count` chunks of a fetch, in order, but for those whose store has its share already.
+    fn open_chunks(&mut self, index: JobIndex, count: u32) {
+        let (keys, planes) = (self.jobs[index.at()].keys, self.jobs[index.at()].expect.planes());
+        let store_share = self.share(u32::from(self.config.active_chunks));
+        let admitted = self.admitted_range(index);
+        let (mut left, mut chunk) = (count, self.jobs[index.at()].next_chunk);
+        let first = chunk;
+        while left > 0 && chunk < keys && (chunk - first < LOOK_AHEAD || left == count) {
+            let next = self.jobs[index.at()].next_chunk;
+            if let Some(first_plane) = self.first_plane(chunk, planes) {
+                let key = &self.job_keys[self.job_key(index, chunk)];
+                let store = self.store_for(self.jobs[index.at()].sources, key);
+                if self.stores[usize::from(store.0)].chunks < store_share {
+                    self.open_chunk(index, chunk, first_plane);
+                    left -= 1;
+                } else if chunk - next >= LOOK_AHEAD {
+                    return;
+                } else {
+                    chunk = bits::next_clear(&self.job_admitted[admitted.clone()], chunk + 1, keys);
+                    continue;
+                }
             }
-            request.state = RequestState::Sent;
-            request.sent = request.sent.saturating_add(1);
-            request.sent_at = now;
-            let (id, sent, keys) = (request.id, request.sent, usize::from(request.keys));
-            let per_fetch = self.config.max_chunks_per_fetch as usize;
-            let (store, len) = match asker {
-                Asker::Job(index) => {
-                    let all = &self.job_keys[index.at() * per_fetch..][..per_fetch];
-                    let asked = self.job_requests[index.at()][..keys].iter();
-                    let keys = asked.map(|chunk| &all[self.chunks[chunk.at()].chunk as usize]);
-                    (self.jobs[index.at()].store, message::emit_lookup(out, id, keys)?)
-                }
-                Asker::Lookup(index) => {
-                    let job = &self.lookups[index.at()];
-                    let first = index.at() * per_fetch + job.found as usize;
-                    let keys = self.lookup_keys[first..first + keys].iter();
-                    (job.store, message::emit_lookup(out, id, keys)?)
-                }
-            };
-            let rto_at = now.plus_nanos(self.store(store).rto(sent - 1));
-            self.request(asker).rto_at = rto_at;
-            self.arm(rto_at);
-            self.counters.lookups_sent += 1;
-            return Some(Transmit { store, len });
+            bits::set(&mut self.job_admitted[admitted.clone()], chunk);
+            self.jobs[index.at()].next_chunk =
+                bits::next_clear(&self.job_admitted[admitted.clone()], next, keys);
+            chunk = bits::next_clear(&self.job_admitted[admitted.clone()], chunk + 1, keys);
         }
-        None
     }
 
     fn send_header_pull(&mut self, now: Instant, out: &mut [u8]) -> Option<Transmit> {
@@ -189,98 +163,126 @@ impl<L: ChunkLayout> FetchEngine<L> {
             if transfer.state != TransferState::Receiving {
                 continue;
             }
-            let room = self.config.window_segments - self.in_flight;
-            let budget = room.min(self.pull_segments).min(self.room_of(index));
+            let store = transfer.store;
+            let budget = (self.link.cap() - self.in_flight).min(self.room_of(store)).min(self.link.pull());
             let transmit = self.pull(index, budget, now, out);
             let transfer = &self.transfers[index.at()];
-            if transfer.cursor < transfer.segments {
+            let (chunk, is_asked) = (transfer.chunk, transfer.cursor >= transfer.segments);
+            if !is_asked {
                 self.make_header_due(index);
             }
             if transmit.is_some() {
+                self.hedge_header(chunk, store);
                 return transmit;
             }
         }
         None
     }
 
-    /// Segments that may be asked of a transfer's store.
-    fn room_of(&self, index: TransferIndex) -> u32 {
-        self.stores[usize::from(self.transfers[index.at()].store.0)].room(self.pull_segments)
+    /// Notes when a replica is asked for a header instead.
+    fn hedge_header(&mut self, chunk: super::index::ChunkIndex, store: StoreIndex) {
+        if self.placement.replicas() > 1 && self.chunks[chunk.at()].hedge_at == Instant::FAR {
+            let at = self.now.plus_nanos(self.store(store).hedge_after());
+            let slot = &mut self.chunks[chunk.at()];
+            assert_eq!(slot.state, ChunkState::Header, "its header is being pulled");
+            slot.hedge_at = at;
+            self.arm_deadline(at);
+        }
     }
 
-    /// One PULL for the next fetch whose turn it is and that can use it.
+    /// Segments that may be asked of a store.
+    fn room_of(&self, store: StoreIndex) -> u32 {
+        self.stores[usize::from(store.0)].room(self.now, self.link.cap(), self.link.pull())
+    }
+
+    /// One PULL for the fetch whose turn it is, or the next that can use it.
     fn send_plane_pull(&mut self, now: Instant, out: &mut [u8]) -> Option<Transmit> {
         if self.ready_blocked {
             return None;
         }
-        let room = self.config.window_segments - self.in_flight;
-        for _ in 0..self.ready.len() {
-            let job = self.ready.pop_front()?;
-            if self.jobs[job.at()].to_ask.is_empty() && !self.start_plane(job) {
-                self.requeue(job);
-                continue;
+        let (schedule, jobs, pulls) = (self.config.schedule, &self.jobs, self.counters.pulls_sent);
+        self.ready.sort_unstable_by_key(|index| schedule.rank(&jobs[index.at()], pulls));
+        let mut at = 0;
+        while let Some(index) = self.ready.get(at).copied() {
+            match self.take_turn(index, now, out) {
+                Turn::Sent(transmit) => {
+                    self.jobs[index.at()].last_turn = self.counters.pulls_sent;
+                    return Some(transmit);
+                }
+                Turn::Passed => {}
+                Turn::Waits => return None,
             }
-            let Some(index) = self.jobs[job.at()].to_ask.front() else { continue };
-            let transfer = &self.transfers[index.at()];
-            let wanted = self.pull_segments.min(transfer.segments - transfer.cursor);
-            // Credit comes back a segment at a time: wait until it is worth a packet.
-            if room < wanted && self.in_flight > 0 {
-                self.ready.push_front(job);
-                return None;
-            }
-            let store_room = self.room_of(index);
-            let transmit = self.pull(index, wanted.min(room).min(store_room), now, out);
-            let transfer = &self.transfers[index.at()];
-            if transfer.cursor == transfer.segments {
-                self.unlist_transfer(index);
-            }
-            self.requeue(job);
-            if transmit.is_some() {
-                return transmit;
+            let job = &mut self.jobs[index.at()];
+            if job.to_ask.is_empty() && job.to_start.is_empty() {
+                job.in_ready = false;
+                self.ready.remove(at);
+            } else {
+                at += 1;
             }
         }
         self.ready_blocked = true;
         None
     }
 
-    /// Puts a fetch that had its turn behind the others, if it has more to ask for.
-    fn requeue(&mut self, index: JobIndex) {
-        let job = &mut self.jobs[index.at()];
-        if job.to_ask.is_empty() && job.to_start.is_empty() {
-            job.in_ready = false;
-        } else {
-            self.ready.push_back(index);
+    fn take_turn(&mut self, job: JobIndex, now: Instant, out: &mut [u8]) -> Turn {
+        let mut next = self.jobs[job.at()].to_ask.front();
+        while let Some(index) = next {
+            next = List::behind(&self.transfer_links, index);
+            match self.ask_for(index, now, out) {
+                Turn::Passed => {}
+                turn => return turn,
+            }
+        }
+        match self.start_plane(job) {
+            Started::Plane(index) => self.ask_for(index, now, out),
+            Started::Nothing => Turn::Passed,
+            Started::Full => {
+                self.ready_blocked = true;
+                Turn::Waits
+            }
         }
     }
 
-    /// Writes a PULL for at most `budget` missing segments of a transfer from its cursor on.
+    /// Asks for segments of a plane, as many as are worth a packet.
+    fn ask_for(&mut self, index: TransferIndex, now: Instant, out: &mut [u8]) -> Turn {
+        let transfer = self.transfers[index.at()];
+        let words = &self.segments[self.segment_range(index)];
+        let first = segments::next_wanted(words, transfer.cursor, transfer.segments);
+        if first == transfer.segments {
+            self.unlist_transfer(index);
+            return Turn::Passed;
+        }
+        let wanted =
+            segments::wanted_from(words, first, transfer.segments).count_ones().min(self.link.pull());
+        // Credit comes back a segment at a time: wait until it is worth a packet.
+        let room = self.link.cap() - self.in_flight;
+        if room < wanted && self.in_flight > 0 {
+            self.link.is_full();
+            return Turn::Waits;
+        }
+        let store = &self.stores[usize::from(transfer.store.0)];
+        let store_room = self.room_of(transfer.store);
+        // A window of less than two PULLs is asked for in halves.
+        let wanted = wanted.min((store_room + store.in_flight).div_ceil(2));
+        if store_room == 0 || (store_room < wanted && store.in_flight > 0) {
+            return Turn::Passed;
+        }
+        self.pull(index, wanted.min(room).min(store_room), now, out).map_or(Turn::Passed, Turn::Sent)
+    }
+
+    /// Writes a PULL for at most `budget` wanted segments of a transfer, within 64 from its cursor on.
     fn pull(&mut self, index: TransferIndex, budget: u32, now: Instant, out: &mut [u8]) -> Option<Transmit> {
-        if budget == 0 {
-            return None;
-        }
-        let arrived = &self.arrived[self.arrived_range(index)];
+        let range = self.segment_range(index);
         let transfer = &mut self.transfers[index.at()];
-        let (segments, asked_before) = (transfer.segments, transfer.asked);
-        let mut runs = [Run::default(); MAX_PULL_RUNS];
-        let (mut runs_len, mut asked, mut again) = (0, 0, 0);
-        let mut cursor = bits::next_clear(arrived, transfer.cursor, segments);
-        while cursor < segments && asked < budget && runs_len < MAX_PULL_RUNS {
-            let stop = bits::next_set(arrived, cursor, segments.min(cursor + (budget - asked)));
-            let count = stop - cursor;
-            runs[runs_len] = Run { first: cursor, count: u16::try_from(count).expect("at most 64") };
-            runs_len += 1;
-            if cursor >= asked_before && transfer.timed_segment == u32::MAX {
-                (transfer.timed_segment, transfer.timed_at) = (cursor, now);
-            }
-            again += stop.min(asked_before).saturating_sub(cursor);
-            asked += count;
-            cursor = bits::next_clear(arrived, stop, segments);
-        }
-        transfer.cursor = cursor;
-        transfer.asked = asked_before.max(cursor);
-        if asked == 0 {
+        let words = &mut self.segments[range];
+        let base = segments::next_wanted(words, transfer.cursor, transfer.segments);
+        transfer.cursor = base;
+        if budget == 0 || base == transfer.segments || !self.asks.has_room() {
             return None;
         }
+        let asked = segments::lowest(segments::wanted_from(words, base, transfer.segments), budget);
+        let mut runs = [Run::default(); PULL_RUNS];
+        let runs_len = runs_of(base, asked, &mut runs);
         let slot = &self.chunks[transfer.chunk.at()];
         let range = PullRange {
             tag: transfer.tag,
@@ -290,19 +292,71 @@ impl<L: ChunkLayout> FetchEngine<L> {
             bytes: transfer.bytes,
             segment_bytes: self.config.segment_bytes,
         };
-        let len = message::emit_pull(out, &range, 0, 0, &runs[..runs_len])?;
-        let store_index = transfer.store;
-        let store = &mut self.stores[usize::from(store_index.0)];
-        transfer.in_flight += asked;
-        store.in_flight += asked;
-        self.in_flight += asked;
-        transfer.rto_at = now.plus_nanos(store.rto(transfer.backoff));
-        let rto_at = transfer.rto_at;
-        self.arm(rto_at);
+        let store = &mut self.stores[usize::from(transfer.store.0)];
+        let ask = self.asks.push(&mut store.asks, now, transfer.store, index, (base, asked));
+        let sequence = self.asks.get(ask).sequence;
+        let pace = self.link.store_pace_mbps();
+        let written = message::emit_pull(out, &range, pace, sequence, &runs[..runs_len]);
+        let len = written.expect("a buffer for any message holds a PULL");
+        segments::set_asked(words, base, asked);
+        let first = index.at() * self.segment_words * 64 + base as usize;
+        let end = 64 - asked.leading_zeros();
+        self.asked_by[first..first + end as usize]
+            .iter_mut()
+            .enumerate()
+            .filter(|(bit, _)| asked >> bit & 1 == 1)
+            .for_each(|(_, by)| *by = ask);
+        let count = asked.count_ones();
+        // Bits below are of segments that were asked for before.
+        let before = transfer.asked.saturating_sub(base);
+        let again = if before >= 64 { count } else { (asked & ((1 << before) - 1)).count_ones() };
+        transfer.asked = transfer.asked.max(base + end);
+        transfer.cursor = base + end;
+        transfer.in_flight += count;
+        if store.in_flight == 0 {
+            store.timeout_at = now.plus_nanos(store.timeout());
+        }
+        store.in_flight += count;
+        self.in_flight += count;
+        let (store_index, timeout_at) = (transfer.store, store.timeout_at);
+        self.arm(timeout_at);
+        self.pacer.spend(now, count);
         assert!(self.in_flight <= self.config.window_segments, "the budget was within the window");
         self.counters.pulls_sent += 1;
-        self.counters.segments_asked += u64::from(asked - again);
+        self.counters.segments_asked += u64::from(count - again);
         self.counters.segments_asked_again += u64::from(again);
         Some(Transmit { store: store_index, len })
+    }
+}
+
+/// Writes the segments `base` + bits of `mask` as runs; returns how many.
+fn runs_of(base: u32, mask: u64, runs: &mut [Run; PULL_RUNS]) -> usize {
+    let (mut left, mut len) = (mask, 0);
+    while left != 0 {
+        let begin = left.trailing_zeros();
+        let count = (left >> begin).trailing_ones();
+        runs[len] = Run { first: base + begin, count: u16::try_from(count).expect("at most 64") };
+        len += 1;
+        left = if begin + count == 64 { 0 } else { left >> (begin + count) << (begin + count) };
+    }
+    len
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_name_each_bit_once_in_order(mask in any::<u64>(), dense in any::<bool>(), base in 0_u32..1000) {
+            let mask = if dense { mask | mask << 1 } else { mask };
+            let mut runs = [Run::default(); PULL_RUNS];
+            let len = runs_of(base, mask, &mut runs);
+            let named: Vec<u32> =
+                runs[..len].iter().flat_map(|run| run.first..run.first + u32::from(run.count)).collect();
+            let twin: Vec<u32> = (0..64).filter(|bit| mask >> bit & 1 == 1).map(|bit| base + bit).collect();
+            prop_assert_eq!(named, twin);
+        }
     }
 }

@@ -5,42 +5,35 @@ use crate::key::Key;
 use crate::time::Instant;
 
 use super::event::{
-    ChunkFailure, Event, FetchId, FetchOutcome, LookupId, LookupOutcome, StartError, StoreIndex,
+    ChunkFailure, Event, FetchId, FetchOutcome, LookupId, LookupOutcome, Sources, StartError,
 };
 use super::index::{ChunkIndex, Index, JobIndex, LookupIndex};
-use super::tables::{ChunkState, Job, JobState, LookupJob, LookupState, RequestState};
-use super::{Asker, FetchEngine, Queued};
+use super::tables::{ChunkState, Job, JobState, LookupJob, LookupState};
+use super::{FetchEngine, Queued, bits};
 
 impl<L: ChunkLayout> FetchEngine<L> {
-    /// Starts looking for the longest prefix of `keys` that `store` holds; ends with [`Event::LookupDone`].
+    /// Starts looking for the longest prefix of `keys` that the stores hold; ends with [`Event::LookupDone`].
     pub fn lookup(
         &mut self,
         now: Instant,
         id: LookupId,
         deadline: Instant,
-        store: StoreIndex,
+        sources: impl Into<Sources>,
         keys: &[Key],
     ) -> Result<(), StartError> {
-        let count = self.check_start(now, deadline, store, keys)?;
+        let sources = sources.into();
+        let count = self.check_start(now, deadline, sources, keys)?;
         if self.lookups.iter().any(|job| job.state != LookupState::Free && job.id == id) {
             return Err(StartError::DuplicateId);
         }
         let index = self.free_lookups.pop().ok_or(StartError::Full(self.config.max_lookups))?;
         let first = index.at() * self.config.max_chunks_per_fetch as usize;
         self.lookup_keys[first..first + keys.len()].copy_from_slice(keys);
-        let job = &mut self.lookups[index.at()];
-        let request = job.request;
-        *job = LookupJob {
-            state: LookupState::Running,
-            id,
-            store,
-            deadline,
-            keys: count,
-            request,
-            ..LookupJob::free(0)
-        };
-        self.arm(deadline);
-        self.request_prefix(index);
+        let running = LookupState::Running;
+        self.lookups[index.at()] =
+            LookupJob { state: running, id, sources, deadline, keys: count, ..LookupJob::FREE };
+        self.arm_deadline(deadline);
+        self.look_further(index);
         Ok(())
     }
 
@@ -50,15 +43,6 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if let Some(index) = LookupIndex::all(self.lookups.len()).find(|i| running(&self.lookups[i.at()])) {
             self.finish_lookup(index, LookupOutcome::Cancelled);
         }
-    }
-
-    pub(super) fn finish_lookup(&mut self, index: LookupIndex, outcome: LookupOutcome) {
-        let job = &mut self.lookups[index.at()];
-        assert_eq!(job.state, LookupState::Running, "a lookup ends once");
-        job.state = LookupState::Ended;
-        job.outcome = outcome;
-        job.request.state = RequestState::Idle;
-        self.push_event(Queued::LookupDone(index));
     }
 
     /// Frees a lookup whose end is being polled.
@@ -77,11 +61,12 @@ impl<L: ChunkLayout> FetchEngine<L> {
         now: Instant,
         id: FetchId,
         deadline: Instant,
-        store: StoreIndex,
+        sources: impl Into<Sources>,
         keys: &[Key],
         expect: &ChunkShape,
     ) -> Result<(), StartError> {
-        let count = self.check_start(now, deadline, store, keys)?;
+        let sources = sources.into();
+        let count = self.check_start(now, deadline, sources, keys)?;
         let (planes, limit) = (expect.planes(), self.config.max_planes_per_chunk);
         if planes == 0 || planes > u32::from(limit) {
             return Err(StartError::BadShape { planes, limit });
@@ -92,40 +77,43 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let index = self.free_jobs.pop().ok_or(StartError::Full(self.config.max_fetches))?;
         let first = index.at() * self.config.max_chunks_per_fetch as usize;
         self.job_keys[first..first + keys.len()].copy_from_slice(keys);
-        let job = &mut self.jobs[index.at()];
-        let (request, in_ready, in_admit) = (job.request, job.in_ready, job.in_admit);
-        *job = Job {
+        let words = self.admitted_range(index);
+        self.job_admitted[words].fill(0);
+        self.starts += 1;
+        let Job { in_ready, in_admit, .. } = self.jobs[index.at()];
+        self.jobs[index.at()] = Job {
             state: JobState::Running,
             id,
-            store,
+            sources,
             deadline,
             expect: *expect,
             keys: count,
-            request,
+            left: u64::from(count) * u64::from(planes) / u64::from(self.config.queues),
+            started: self.starts,
             in_ready,
             in_admit,
-            ..Job::free(0)
+            ..Job::FREE
         };
-        let store = self.store(store);
-        store.fetches += 1;
-        self.busy_stores += u32::from(store.fetches == 1);
-        self.arm(deadline);
+        self.arm_deadline(deadline);
         self.want_chunks(index);
         Ok(())
     }
 
     fn check_start(
-        &self,
+        &mut self,
         now: Instant,
         deadline: Instant,
-        store: StoreIndex,
+        sources: Sources,
         keys: &[Key],
     ) -> Result<u32, StartError> {
+        self.now = self.now.max(now);
         let limit = self.config.max_chunks_per_fetch;
         if keys.is_empty() {
             return Err(StartError::NoKeys);
         }
-        if store.0 >= self.config.stores {
+        if let Sources::One(store) = sources
+            && store.0 >= self.config.stores
+        {
             return Err(StartError::UnknownStore(store.0));
         }
         if deadline <= now {
@@ -152,13 +140,14 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let job = &mut self.jobs[index.at()];
         assert_eq!(job.state, JobState::Running, "a fetch ends once");
         job.outcome = outcome;
-        job.request.state = RequestState::Idle;
         let waiting = job.next_chunk..job.keys;
         let planes = job.expect.planes();
         job.next_chunk = job.keys;
+        let admitted = self.admitted_range(index);
         // Named before the state changes, so that the end cannot be reported before the last name.
         for chunk in waiting {
-            if self.first_plane(chunk, planes).is_some() {
+            let is_open = bits::next_set(&self.job_admitted[admitted.clone()], chunk, chunk + 1) == chunk;
+            if !is_open && self.first_plane(chunk, planes).is_some() {
                 self.jobs[index.at()].failed += 1;
                 self.push_event(Queued::ChunkFailed { job: index, chunk, reason });
             }
@@ -189,14 +178,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             job.outcome = if job.failed > 0 { FetchOutcome::Failed } else { FetchOutcome::Done };
         }
         job.state = JobState::Ended;
-        assert!(job.to_ask.is_empty() && job.to_start.is_empty() && job.to_look_up.is_empty());
-        let store = job.store;
-        let store = self.store(store);
-        store.fetches -= 1;
-        self.busy_stores -= u32::from(store.fetches == 0);
-        // The other stores' shares have grown.
-        self.ready_blocked = false;
-        self.admit_blocked = false;
+        assert!(job.to_ask.is_empty() && job.to_start.is_empty());
         self.push_event(Queued::FetchEnded(index));
     }
 
@@ -208,13 +190,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let (fetch, outcome) = (job.id, job.outcome);
         let (planes_delivered, chunks_failed) = (job.delivered, job.failed);
         self.free_jobs.push(index);
+        // What each fetch may hold has grown.
+        self.admit_blocked = false;
         Event::FetchEnded { fetch, outcome, planes_delivered, chunks_failed }
-    }
-
-    /// Queues the LOOKUP of a lookup's next keys.
-    pub(super) fn request_prefix(&mut self, index: LookupIndex) {
-        let job = &mut self.lookups[index.at()];
-        let keys = (job.keys - job.found).min(super::MAX_REQUEST_KEYS);
-        self.make_due(Asker::Lookup(index), u8::try_from(keys).expect("at most 40"));
     }
 }

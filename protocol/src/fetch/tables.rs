@@ -3,45 +3,8 @@
 use crate::chunk::{ChunkInfo, ChunkShape};
 use crate::time::Instant;
 
-use super::event::{FetchId, FetchOutcome, LookupId, LookupOutcome, StoreIndex};
+use super::event::{FetchId, FetchOutcome, LookupId, LookupOutcome, Sources, StoreIndex};
 use super::index::{ChunkIndex, JobIndex, List, TransferIndex};
-
-/// A LOOKUP that is waiting to be sent or answered. A fetch or lookup has at most one.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Request {
-    pub(super) id: u32,
-    pub(super) state: RequestState,
-    /// Whether its owner stands in the queue of what is to be sent; such an entry outlives the request.
-    pub(super) queued: bool,
-    pub(super) sent_at: Instant,
-    pub(super) rto_at: Instant,
-    /// Times sent.
-    pub(super) sent: u8,
-    /// Keys it asks for.
-    pub(super) keys: u8,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RequestState {
-    Idle,
-    /// To be sent, for the first time or again.
-    Due,
-    Sent,
-}
-
-impl Request {
-    pub(super) fn new(id: u32) -> Request {
-        Request {
-            id,
-            state: RequestState::Idle,
-            queued: false,
-            sent_at: Instant::ZERO,
-            rto_at: Instant::FAR,
-            sent: 0,
-            keys: 0,
-        }
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum JobState {
@@ -58,7 +21,7 @@ pub(super) enum JobState {
 pub(super) struct Job {
     pub(super) state: JobState,
     pub(super) id: FetchId,
-    pub(super) store: StoreIndex,
+    pub(super) sources: Sources,
     pub(super) deadline: Instant,
     pub(super) expect: ChunkShape,
     pub(super) keys: u32,
@@ -69,9 +32,11 @@ pub(super) struct Job {
     pub(super) delivered: u32,
     pub(super) failed: u32,
     pub(super) outcome: FetchOutcome,
-    pub(super) request: Request,
-    /// Chunks that wait to be looked up.
-    pub(super) to_look_up: List<ChunkIndex>,
+    /// Planes that have not arrived, about: what the schedule goes by.
+    pub(super) left: u64,
+    /// Its place in the order in which fetches were started, and the number of PULLs when it was last asked for.
+    pub(super) started: u64,
+    pub(super) last_turn: u64,
     /// Chunks with planes that wait to be started.
     pub(super) to_start: List<ChunkIndex>,
     /// Planes with segments that wait to be asked for.
@@ -82,27 +47,26 @@ pub(super) struct Job {
 }
 
 impl Job {
-    pub(super) fn free(request: u32) -> Job {
-        Job {
-            state: JobState::Free,
-            id: FetchId(0),
-            store: StoreIndex(0),
-            deadline: Instant::FAR,
-            expect: ChunkShape::default(),
-            keys: 0,
-            next_chunk: 0,
-            chunks: 0,
-            delivered: 0,
-            failed: 0,
-            outcome: FetchOutcome::Done,
-            request: Request::new(request),
-            to_look_up: List::EMPTY,
-            to_start: List::EMPTY,
-            to_ask: List::EMPTY,
-            in_ready: false,
-            in_admit: false,
-        }
-    }
+    pub(super) const FREE: Job = Job {
+        state: JobState::Free,
+        id: FetchId(0),
+        sources: Sources::Placed,
+        deadline: Instant::FAR,
+        expect: ChunkShape { layers: 0, kv_heads: 0, head_dim: 0, dtype: 0 },
+        keys: 0,
+        next_chunk: 0,
+        chunks: 0,
+        delivered: 0,
+        failed: 0,
+        outcome: FetchOutcome::Done,
+        left: 0,
+        started: 0,
+        last_turn: 0,
+        to_start: List::EMPTY,
+        to_ask: List::EMPTY,
+        in_ready: false,
+        in_admit: false,
+    };
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,34 +82,35 @@ pub(super) enum LookupState {
 pub(super) struct LookupJob {
     pub(super) state: LookupState,
     pub(super) id: LookupId,
-    pub(super) store: StoreIndex,
+    pub(super) sources: Sources,
     pub(super) deadline: Instant,
     pub(super) keys: u32,
-    /// Leading keys known to be stored; the next LOOKUP begins here.
+    /// Leading keys known to be stored.
     pub(super) found: u32,
+    /// The keys being looked up: the first of them, and how many.
+    pub(super) asked_from: u32,
+    pub(super) asked: u8,
     pub(super) tokens: u64,
     pub(super) encoded_bytes: u64,
     pub(super) last: Option<ChunkInfo>,
     pub(super) outcome: LookupOutcome,
-    pub(super) request: Request,
 }
 
 impl LookupJob {
-    pub(super) fn free(request: u32) -> LookupJob {
-        LookupJob {
-            state: LookupState::Free,
-            id: LookupId(0),
-            store: StoreIndex(0),
-            deadline: Instant::FAR,
-            keys: 0,
-            found: 0,
-            tokens: 0,
-            encoded_bytes: 0,
-            last: None,
-            outcome: LookupOutcome::Done,
-            request: Request::new(request),
-        }
-    }
+    pub(super) const FREE: LookupJob = LookupJob {
+        state: LookupState::Free,
+        id: LookupId(0),
+        sources: Sources::Placed,
+        deadline: Instant::FAR,
+        keys: 0,
+        found: 0,
+        asked_from: 0,
+        asked: 0,
+        tokens: 0,
+        encoded_bytes: 0,
+        last: None,
+        outcome: LookupOutcome::Done,
+    };
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,6 +133,8 @@ pub(super) enum ChunkState {
 pub(super) struct ChunkSlot {
     pub(super) state: ChunkState,
     pub(super) job: JobIndex,
+    /// The store that it is asked of now, and that its transfers count for.
+    pub(super) store: StoreIndex,
     /// Index among the fetch's keys.
     pub(super) chunk: u32,
     pub(super) info: ChunkInfo,
@@ -180,7 +147,9 @@ pub(super) struct ChunkSlot {
     pub(super) bad_headers: u8,
     /// Times looked up again.
     pub(super) lookups: u8,
-    /// Whether it stands in one of its fetch's lists.
+    /// While its header is pulled: when a replica is asked instead.
+    pub(super) hedge_at: Instant,
+    /// Whether it stands in its fetch's list of chunks with planes to start.
     pub(super) listed: bool,
 }
 
@@ -188,6 +157,7 @@ impl ChunkSlot {
     pub(super) const FREE: ChunkSlot = ChunkSlot {
         state: ChunkState::Free,
         job: JobIndex(0),
+        store: StoreIndex(0),
         chunk: 0,
         info: ChunkInfo {
             handle: 0,
@@ -205,6 +175,7 @@ impl ChunkSlot {
         missing: 0,
         bad_headers: 0,
         lookups: 0,
+        hedge_at: Instant::FAR,
         listed: false,
     };
 }
@@ -224,8 +195,7 @@ pub(super) enum TransferState {
 
 /// A byte range being pulled: a plane, or a chunk's header.
 ///
-/// Invariants while receiving: `cursor` is the first segment not asked for, of those that have not arrived;
-/// `in_flight` is the number of segments below `cursor` that have not arrived.
+/// Invariants while receiving: no segment below `cursor` is wanted; `in_flight` segments are marked as asked for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Transfer {
     pub(super) tag: u32,
@@ -238,18 +208,12 @@ pub(super) struct Transfer {
     pub(super) arrived: u32,
     pub(super) cursor: u32,
     pub(super) in_flight: u32,
-    /// The segment whose round trip is being measured, or `u32::MAX`.
-    pub(super) timed_segment: u32,
-    pub(super) timed_at: Instant,
-    pub(super) rto_at: Instant,
     /// Segments below were asked for at least once.
     pub(super) asked: u32,
     pub(super) bytes: u32,
     pub(super) offset: u64,
     pub(super) chunk: ChunkIndex,
     pub(super) plane: u16,
-    /// Timeouts since a segment arrived.
-    pub(super) backoff: u8,
     /// Whether it stands in a list or queue of transfers with segments to ask for.
     pub(super) listed: bool,
 }
@@ -266,15 +230,11 @@ impl Transfer {
             arrived: 0,
             cursor: 0,
             in_flight: 0,
-            timed_segment: u32::MAX,
-            timed_at: Instant::ZERO,
-            rto_at: Instant::FAR,
             asked: 0,
             bytes: 0,
             offset: 0,
             chunk: ChunkIndex(0),
             plane: 0,
-            backoff: 0,
             listed: false,
         }
     }

@@ -1,0 +1,203 @@
+//! PULLs under way, in the order in which each store was asked.
+//!
+//! A record outlives its PULL until its slot is used again, oldest first, so that a segment which comes late still
+//! finds when it was asked for.
+
+use std::collections::VecDeque;
+
+use crate::time::Instant;
+
+use super::event::StoreIndex;
+use super::index::{AskIndex, Index, TransferIndex};
+use super::tag;
+
+/// A PULL: up to 64 segments of one transfer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ask {
+    /// Its number on the wire: the slot, and the generation of its use.
+    pub(super) sequence: u32,
+    /// Its place among all PULLs of this engine, from 1.
+    pub(super) order: u64,
+    pub(super) sent_at: Instant,
+    pub(super) store: StoreIndex,
+    pub(super) transfer: TransferIndex,
+    /// Its first segment.
+    pub(super) base: u32,
+    /// Of the 64 segments from `base`, those under way; none when it is over.
+    pub(super) outstanding: u64,
+    before: Option<AskIndex>,
+    behind: Option<AskIndex>,
+}
+
+/// The PULLs of one store that are under way, oldest first.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct AskList {
+    first: Option<AskIndex>,
+    last: Option<AskIndex>,
+}
+
+impl AskList {
+    /// The PULL that has been under way for longest.
+    #[inline]
+    pub(super) fn oldest(&self) -> Option<AskIndex> {
+        self.first
+    }
+
+    /// The PULL sent last.
+    pub(super) fn newest(&self) -> Option<AskIndex> {
+        self.last
+    }
+}
+
+/// All PULLs of an engine.
+#[derive(Debug)]
+pub(super) struct Asks {
+    table: Box<[Ask]>,
+    free: VecDeque<AskIndex>,
+    last_order: u64,
+}
+
+impl Asks {
+    pub(super) fn new(capacity: usize, seed: u32) -> Asks {
+        let blank = |slot: usize| Ask {
+            sequence: tag::first(u16::try_from(slot).expect("checked by FetchConfig"), seed),
+            order: 0,
+            sent_at: Instant::ZERO,
+            store: StoreIndex(0),
+            transfer: TransferIndex(0),
+            base: 0,
+            outstanding: 0,
+            before: None,
+            behind: None,
+        };
+        Asks {
+            table: (0..capacity).map(blank).collect(),
+            free: AskIndex::all(capacity).collect(),
+            last_order: 0,
+        }
+    }
+
+    /// Whether another PULL can be sent.
+    pub(super) fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// The place in the order of the PULL sent last.
+    pub(super) fn last_order(&self) -> u64 {
+        self.last_order
+    }
+
+    #[inline]
+    pub(super) fn get(&self, index: AskIndex) -> &Ask {
+        &self.table[index.at()]
+    }
+
+    /// The record of a number that a store has sent, if it is still there.
+    #[inline]
+    pub(super) fn find(&self, sequence: u32) -> Option<&Ask> {
+        self.table.get(usize::from(tag::slot_of(sequence))).filter(|ask| ask.sequence == sequence)
+    }
+
+    /// A PULL of `store` that is under way, by its number.
+    pub(super) fn under_way(&self, sequence: u32, store: StoreIndex) -> Option<AskIndex> {
+        let ask = self.find(sequence)?;
+        (ask.outstanding != 0 && ask.store == store).then(|| AskIndex(tag::slot_of(sequence)))
+    }
+
+    /// Notes that a PULL for `outstanding` segments from `base` on is sent to the store of `list`.
+    pub(super) fn push(
+        &mut self,
+        list: &mut AskList,
+        now: Instant,
+        store: StoreIndex,
+        transfer: TransferIndex,
+        (base, outstanding): (u32, u64),
+    ) -> AskIndex {
+        assert!(outstanding & 1 == 1, "a PULL begins with a segment that it asks for");
+        let index = self.free.pop_front().expect("the caller has seen a free record");
+        self.last_order += 1;
+        self.table[index.at()] = Ask {
+            sequence: tag::next(self.table[index.at()].sequence),
+            order: self.last_order,
+            sent_at: now,
+            store,
+            transfer,
+            base,
+            outstanding,
+            before: list.last,
+            behind: None,
+        };
+        match list.last {
+            Some(last) => self.table[last.at()].behind = Some(index),
+            None => list.first = Some(index),
+        }
+        list.last = Some(index);
+        index
+    }
+
+    /// Takes the segments of `mask` out of a PULL under way, arrived or given up; with the last the PULL is over.
+    #[inline]
+    pub(super) fn take(&mut self, list: &mut AskList, index: AskIndex, mask: u64) {
+        let ask = &mut self.table[index.at()];
+        assert!(ask.outstanding & mask == mask, "only what is under way is taken");
+        ask.outstanding &= !mask;
+        if ask.outstanding == 0 {
+            self.end(list, index);
+        }
+    }
+
+    fn end(&mut self, list: &mut AskList, index: AskIndex) {
+        let Ask { before, behind, .. } = self.table[index.at()];
+        match before {
+            Some(before) => self.table[before.at()].behind = behind,
+            None => list.first = behind,
+        }
+        match behind {
+            Some(behind) => self.table[behind.at()].before = before,
+            None => list.last = before,
+        }
+        self.free.push_back(index);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// The list against a plain vector: pushed at the end, taken anywhere.
+        #[test]
+        fn order_is_kept(steps in proptest::collection::vec((any::<bool>(), 0_usize..8), 0..200)) {
+            let mut asks = Asks::new(6, 1);
+            let mut list = AskList::default();
+            let mut twin: Vec<(AskIndex, u64)> = Vec::new();
+            for (push, at) in steps {
+                if push && asks.has_room() {
+                    let index = asks.push(&mut list, Instant::ZERO, StoreIndex(0), TransferIndex(0), (5, 0b11));
+                    let ask = asks.get(index);
+                    prop_assert!(twin.last().is_none_or(|(_, order)| *order < ask.order));
+                    prop_assert_eq!(asks.find(ask.sequence).map(|ask| ask.order), Some(ask.order));
+                    twin.push((index, ask.order));
+                } else if !twin.is_empty() {
+                    let (index, order) = twin[at % twin.len()];
+                    let sequence = asks.get(index).sequence;
+                    asks.take(&mut list, index, 0b10);
+                    prop_assert_eq!(asks.get(index).outstanding, 1);
+                    asks.take(&mut list, index, 0b1);
+                    twin.retain(|entry| entry.1 != order);
+                    prop_assert!(asks.find(sequence).is_some(), "a record outlives its PULL");
+                }
+                let mut forward = Vec::new();
+                let mut next = list.oldest();
+                while let Some(index) = next {
+                    forward.push((index, asks.get(index).order));
+                    next = asks.get(index).behind;
+                }
+                prop_assert_eq!(&forward, &twin);
+                prop_assert_eq!(list.newest(), twin.last().map(|entry| entry.0));
+                prop_assert_eq!(asks.has_room(), twin.len() < 6);
+            }
+        }
+    }
+}

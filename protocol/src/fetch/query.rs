@@ -1,0 +1,468 @@
+//! Looking keys up: which store is asked for which key, in which LOOKUP, and what becomes of the answers.
+//!
+//! A *query* is one key that somebody wants to know about: a chunk slot of a fetch, or a place in a lookup's window.
+//! Queries wait in a list per store; a LOOKUP takes up to 40 of them, whoever they are for. A query that a store does not
+//! answer in time, or answers with "not held", goes to the next of the stores that should hold its key.
+
+use crate::chunk::{ChunkInfo, ChunkLayout};
+use crate::key::Key;
+use crate::placement::Candidates;
+use crate::reason::DropReason;
+use crate::time::Instant;
+use crate::wire::message::{self, LookupReply, MAX_LOOKUP_KEYS};
+
+use super::config::REQUESTS_PER_STORE;
+use super::event::{ChunkFailure, LookupOutcome, Sources, StoreIndex, Transmit};
+use super::index::{ChunkIndex, Index, LookupIndex, QueryIndex, RequestIndex};
+use super::tables::LookupState;
+use super::{FetchEngine, Queued, tag};
+
+/// How often a silent store is asked whether it is back.
+const KNOCK_NS: u64 = 100_000_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QueryState {
+    Idle,
+    /// In its store's list.
+    Waiting,
+    /// In a LOOKUP under way, at this place.
+    Asked(RequestIndex, u8),
+}
+
+/// One key that is looked up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Query {
+    pub(super) state: QueryState,
+    /// The store asked, and its place among the candidates.
+    pub(super) store: StoreIndex,
+    rank: u8,
+    /// Candidates, a bit each, that do not hold the key.
+    missing: u8,
+}
+
+impl Query {
+    pub(super) const IDLE: Query =
+        Query { state: QueryState::Idle, store: StoreIndex(0), rank: 0, missing: 0 };
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RequestState {
+    Idle,
+    /// To be sent again.
+    Due,
+    Sent,
+}
+
+/// A LOOKUP.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Request {
+    pub(super) id: u32,
+    pub(super) state: RequestState,
+    pub(super) rto_at: Instant,
+    sent_at: Instant,
+    /// Times sent.
+    sent: u8,
+    /// Keys it asks for, and queries of them that still want to know.
+    keys: u8,
+    live: u8,
+    queries: [Option<QueryIndex>; MAX_LOOKUP_KEYS],
+}
+
+impl Request {
+    pub(super) fn idle(id: u32) -> Request {
+        Request {
+            id,
+            state: RequestState::Idle,
+            rto_at: Instant::FAR,
+            sent_at: Instant::ZERO,
+            sent: 0,
+            keys: 0,
+            live: 0,
+            queries: [None; MAX_LOOKUP_KEYS],
+        }
+    }
+}
+
+/// What is known of a key in a lookup's window.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Answer {
+    Waiting,
+    Missing,
+    Found(ChunkInfo),
+}
+
+/// Whom a query is for.
+enum Owner {
+    Chunk(ChunkIndex),
+    Lookup(LookupIndex, usize),
+}
+
+impl<L: ChunkLayout> FetchEngine<L> {
+    pub(super) fn chunk_query(&self, chunk: ChunkIndex) -> QueryIndex {
+        QueryIndex(chunk.0)
+    }
+
+    fn lookup_query(&self, lookup: LookupIndex, place: u16) -> QueryIndex {
+        let window = u16::try_from(MAX_LOOKUP_KEYS).expect("40");
+        QueryIndex(self.config.active_chunks + lookup.0 * window + place)
+    }
+
+    fn owner(&self, query: QueryIndex) -> Owner {
+        match query.at().checked_sub(self.chunks.len()) {
+            None => Owner::Chunk(ChunkIndex(query.0)),
+            Some(rest) => {
+                let lookup = u16::try_from(rest / MAX_LOOKUP_KEYS).expect("an index of a lookup");
+                Owner::Lookup(LookupIndex(lookup), rest % MAX_LOOKUP_KEYS)
+            }
+        }
+    }
+
+    /// The key of a query in use, and the stores that should hold it.
+    fn wanted(&self, query: QueryIndex) -> (&Key, Candidates) {
+        let per_fetch = self.config.max_chunks_per_fetch as usize;
+        let (key, sources) = match self.owner(query) {
+            Owner::Chunk(chunk) => {
+                let slot = &self.chunks[chunk.at()];
+                let key = &self.job_keys[slot.job.at() * per_fetch + slot.chunk as usize];
+                (key, self.jobs[slot.job.at()].sources)
+            }
+            Owner::Lookup(lookup, place) => {
+                let job = &self.lookups[lookup.at()];
+                (&self.lookup_keys[lookup.at() * per_fetch + job.asked_from as usize + place], job.sources)
+            }
+        };
+        (key, self.candidates(sources, key))
+    }
+
+    /// The stores that should hold `key`.
+    pub(super) fn candidates(&self, sources: Sources, key: &Key) -> Candidates {
+        match sources {
+            Sources::One(store) => Candidates::one(store),
+            Sources::Placed => self.placement.candidates(key),
+        }
+    }
+
+    /// The best of `candidates` that is not known to be without the key: the first that answers, else the first.
+    fn choose(&self, candidates: &Candidates, missing: u8) -> Option<(u8, StoreIndex)> {
+        let held = || {
+            (0_u8..)
+                .zip(candidates.as_slice().iter().copied())
+                .filter(move |(rank, _)| missing >> rank & 1 == 0)
+        };
+        held()
+            .find(|(_, store)| self.stores[usize::from(store.0)].is_usable(self.now))
+            .or_else(|| held().next())
+    }
+
+    /// The store that a chunk not yet opened would be asked of.
+    pub(super) fn store_for(&self, sources: Sources, key: &Key) -> StoreIndex {
+        let (_, store) = self.choose(&self.candidates(sources, key), 0).expect("a key has a candidate");
+        store
+    }
+
+    /// Whether another store than the present one may have what `query` wants, and answers.
+    pub(super) fn has_alternative(&self, query: QueryIndex) -> bool {
+        let Query { rank, missing, .. } = self.queries[query.at()];
+        let (_, candidates) = self.wanted(query);
+        self.choose(&candidates, missing | 1 << rank)
+            .is_some_and(|(_, other)| self.stores[usize::from(other.0)].is_usable(self.now))
+    }
+
+    /// Begins to look a key up anew.
+    pub(super) fn ask_first(&mut self, query: QueryIndex) {
+        assert_eq!(self.queries[query.at()].state, QueryState::Idle, "a query is under way once");
+        self.queries[query.at()] = Query::IDLE;
+        let asked = self.ask(query);
+        assert!(asked, "no store is without the key yet");
+    }
+
+    /// Has the best candidate asked, from which `missing` are excluded; false if none is left.
+    pub(super) fn ask(&mut self, query: QueryIndex) -> bool {
+        let (key, candidates) = self.wanted(query);
+        let key = *key;
+        let Some((rank, store)) = self.choose(&candidates, self.queries[query.at()].missing) else {
+            return false;
+        };
+        self.knock_at_silent(&candidates, &key);
+        let entry = &mut self.queries[query.at()];
+        (entry.rank, entry.store, entry.state) = (rank, store, QueryState::Waiting);
+        if let Owner::Chunk(chunk) = self.owner(query) {
+            self.move_chunk(chunk, store);
+        }
+        self.stores[usize::from(store.0)].waiting.push_back(&mut self.query_links, query);
+        self.make_due(store);
+        true
+    }
+
+    /// Has silent candidates asked now and then whether they are back.
+    fn knock_at_silent(&mut self, candidates: &Candidates, key: &Key) {
+        if candidates.as_slice().len() < 2 {
+            return;
+        }
+        for store in candidates.as_slice() {
+            let entry = &mut self.stores[usize::from(store.0)];
+            if entry.is_silent() && entry.knock_at <= self.now {
+                entry.knock_at = self.now.plus_nanos(KNOCK_NS);
+                entry.knock = Some(*key);
+                self.make_due(*store);
+            }
+        }
+    }
+
+    pub(super) fn make_due(&mut self, store: StoreIndex) {
+        let entry = &mut self.stores[usize::from(store.0)];
+        if !entry.is_due {
+            entry.is_due = true;
+            self.due_stores.push_back(store);
+        }
+    }
+
+    /// Takes a query back, wherever it is.
+    pub(super) fn drop_query(&mut self, query: QueryIndex) {
+        let Query { state, store, .. } = self.queries[query.at()];
+        self.queries[query.at()].state = QueryState::Idle;
+        match state {
+            QueryState::Idle => {}
+            QueryState::Waiting => {
+                self.stores[usize::from(store.0)].waiting.remove(&mut self.query_links, query);
+            }
+            QueryState::Asked(request, place) => {
+                let request = &mut self.requests[request.at()];
+                request.queries[usize::from(place)] = None;
+                request.live -= 1;
+                if request.live == 0 && request.state == RequestState::Due {
+                    request.state = RequestState::Idle;
+                }
+            }
+        }
+    }
+
+    fn requests_of(store: StoreIndex) -> impl Iterator<Item = RequestIndex> {
+        (store.0 * REQUESTS_PER_STORE..(store.0 + 1) * REQUESTS_PER_STORE).map(RequestIndex)
+    }
+
+    /// Writes the next LOOKUP, if one is to be sent.
+    pub(super) fn send_request(&mut self, now: Instant, out: &mut [u8]) -> Option<Transmit> {
+        for _ in 0..self.due_stores.len() {
+            let store = self.due_stores.pop_front()?;
+            self.stores[usize::from(store.0)].is_due = false;
+            if self.stores[usize::from(store.0)].busy_until > self.now {
+                // Made due again when that is over.
+                continue;
+            }
+            let with = |state| Self::requests_of(store).find(|at| self.requests[at.at()].state == state);
+            let (due, idle) = (with(RequestState::Due), with(RequestState::Idle));
+            let request = due.or_else(|| idle.filter(|idle| self.fill_request(store, *idle)));
+            let Some(request) = request else { continue };
+            self.make_due(store);
+            let Some(len) = self.emit_request(store, request, out) else { continue };
+            let entry = &mut self.requests[request.at()];
+            entry.state = RequestState::Sent;
+            entry.sent = entry.sent.saturating_add(1);
+            entry.sent_at = now;
+            let waits = &self.stores[usize::from(store.0)];
+            // The first time a replica may be quicker; after that it is a matter of loss.
+            let wait = match entry.sent {
+                1 if self.placement.replicas() > 1 => waits.hedge_after(),
+                sent => waits.rtt.rto(sent - 1),
+            };
+            entry.rto_at = now.plus_nanos(wait.max(1));
+            let rto_at = entry.rto_at;
+            self.arm(rto_at);
+            self.counters.lookups_sent += 1;
+            return Some(Transmit { store, len });
+        }
+        None
+    }
+
+    /// Moves waiting queries of a store into a LOOKUP that is idle; false if none wait and nobody knocks.
+    fn fill_request(&mut self, store: StoreIndex, index: RequestIndex) -> bool {
+        let waits = &self.stores[usize::from(store.0)];
+        if waits.waiting.is_empty() && waits.knock.is_none() {
+            return false;
+        }
+        let request = &mut self.requests[index.at()];
+        *request = Request::idle(tag::next(request.id));
+        for place in 0..u8::try_from(MAX_LOOKUP_KEYS).expect("40") {
+            let list = &mut self.stores[usize::from(store.0)].waiting;
+            let Some(query) = list.pop_front(&mut self.query_links) else { break };
+            self.queries[query.at()].state = QueryState::Asked(index, place);
+            request.queries[usize::from(place)] = Some(query);
+            request.keys += 1;
+        }
+        request.live = request.keys;
+        true
+    }
+
+    fn emit_request(&mut self, store: StoreIndex, index: RequestIndex, out: &mut [u8]) -> Option<usize> {
+        let mut keys = [Key::default(); MAX_LOOKUP_KEYS];
+        let request = self.requests[index.at()];
+        let knock = self.stores[usize::from(store.0)].knock.take();
+        if request.keys == 0 {
+            let key = knock?;
+            self.requests[index.at()].keys = 1;
+            return message::emit_lookup(out, request.id, [key].iter());
+        }
+        // Of a query that no longer wants to know, any key will do.
+        let first = request.queries.iter().flatten().next().map(|query| *self.wanted(*query).0)?;
+        for (key, query) in keys.iter_mut().zip(request.queries) {
+            *key = query.map_or(first, |query| *self.wanted(query).0);
+        }
+        message::emit_lookup(out, request.id, keys[..usize::from(request.keys)].iter())
+    }
+
+    /// A LOOKUP was not answered in time: what other stores may know is asked of them, the rest is asked again.
+    pub(super) fn request_timed_out(&mut self, store: StoreIndex, index: RequestIndex) {
+        let request = self.requests[index.at()];
+        if request.sent >= 2 {
+            self.note_timeout(store);
+        }
+        self.ask_again(store, index);
+    }
+
+    /// Asks for what a LOOKUP asked for once more: other stores where they may know, the same for the rest.
+    fn ask_again(&mut self, store: StoreIndex, index: RequestIndex) {
+        for query in self.requests[index.at()].queries.into_iter().flatten() {
+            if self.has_alternative(query) {
+                self.drop_query(query);
+                self.counters.failovers += 1;
+                let asked = self.ask_elsewhere(query, store);
+                assert!(asked, "an alternative was seen");
+            }
+        }
+        let request = &mut self.requests[index.at()];
+        request.state = if request.live > 0 { RequestState::Due } else { RequestState::Idle };
+        self.make_due(store);
+    }
+
+    /// A store has no room for a LOOKUP now: it is sent again when the store is to be asked again.
+    pub(super) fn put_off(&mut self, store: StoreIndex, id: u32) -> Result<(), DropReason> {
+        let index = RequestIndex(tag::slot_of(id));
+        let request = self.requests.get_mut(index.at()).ok_or(DropReason::Stale)?;
+        if request.id != id || request.state != RequestState::Sent {
+            return Err(DropReason::Stale);
+        }
+        if index.0 / REQUESTS_PER_STORE != store.0 {
+            return Err(DropReason::WrongStore);
+        }
+        self.ask_again(store, index);
+        Ok(())
+    }
+
+    /// Asks the best candidate other than `store`, which may still turn out to hold the key.
+    fn ask_elsewhere(&mut self, query: QueryIndex, store: StoreIndex) -> bool {
+        let (rank, missing) = (self.queries[query.at()].rank, self.queries[query.at()].missing);
+        assert_eq!(self.queries[query.at()].store, store, "the query was with this store");
+        self.queries[query.at()].missing = missing | 1 << rank;
+        let asked = self.ask(query);
+        self.queries[query.at()].missing = missing;
+        asked
+    }
+
+    /// Takes in what a store says of the keys of a LOOKUP.
+    pub(super) fn handle_reply(
+        &mut self,
+        now: Instant,
+        store: StoreIndex,
+        reply: &LookupReply<'_>,
+    ) -> Result<(), DropReason> {
+        let index = RequestIndex(tag::slot_of(reply.request));
+        let request = self.requests.get_mut(index.at()).ok_or(DropReason::Stale)?;
+        if request.id != reply.request || request.sent == 0 {
+            return Err(DropReason::Stale);
+        }
+        if index.0 / REQUESTS_PER_STORE != store.0 {
+            return Err(DropReason::WrongStore);
+        }
+        if request.state == RequestState::Idle {
+            // Nobody waits for it any more, but the store lives.
+            self.heard_reply(now, store, None);
+            return Err(DropReason::Stale);
+        }
+        if reply.entries().len() != usize::from(request.keys) {
+            return Err(DropReason::BadLength);
+        }
+        request.state = RequestState::Idle;
+        let (queries, once) = (request.queries, request.sent == 1);
+        let rtt = now.nanos().saturating_sub(request.sent_at.nanos());
+        self.heard_reply(now, store, once.then_some(rtt));
+        for (query, info) in queries.into_iter().zip(reply.entries()) {
+            if let Some(query) = query.filter(
+                |query| matches!(self.queries[query.at()].state, QueryState::Asked(by, _) if by == index),
+            ) {
+                self.queries[query.at()].state = QueryState::Idle;
+                self.answer(query, reply.epoch, info);
+            }
+        }
+        self.make_due(store);
+        Ok(())
+    }
+
+    fn answer(&mut self, query: QueryIndex, epoch: u64, info: Option<ChunkInfo>) {
+        if info.is_none() {
+            let entry = &mut self.queries[query.at()];
+            entry.missing |= 1 << entry.rank;
+            if self.ask(query) {
+                self.counters.failovers += 1;
+                return;
+            }
+        }
+        match (self.owner(query), info) {
+            (Owner::Chunk(chunk), Some(info)) => self.looked_up(chunk, epoch, info),
+            (Owner::Chunk(chunk), None) => self.fail_chunk(chunk, ChunkFailure::NotStored),
+            (Owner::Lookup(lookup, place), info) => {
+                let answer = info.map_or(Answer::Missing, Answer::Found);
+                self.lookup_answers[lookup.at() * MAX_LOOKUP_KEYS + place] = answer;
+                self.advance_lookup(lookup);
+            }
+        }
+    }
+
+    /// Counts the answers that a lookup has from its first key on, and goes on or ends.
+    fn advance_lookup(&mut self, index: LookupIndex) {
+        let job = &mut self.lookups[index.at()];
+        let answers = &self.lookup_answers[index.at() * MAX_LOOKUP_KEYS..][..usize::from(job.asked)];
+        while let Some(answer) = answers.get((job.found - job.asked_from) as usize) {
+            match answer {
+                Answer::Waiting => return,
+                Answer::Missing => return self.finish_lookup(index, LookupOutcome::Done),
+                Answer::Found(info) => {
+                    job.found += 1;
+                    job.tokens += u64::from(info.tokens);
+                    job.encoded_bytes = job.encoded_bytes.saturating_add(info.chunk_bytes);
+                    job.last = Some(*info);
+                }
+            }
+        }
+        if job.found == job.keys {
+            self.finish_lookup(index, LookupOutcome::Done);
+        } else {
+            self.look_further(index);
+        }
+    }
+
+    /// Has a lookup's next keys asked for.
+    pub(super) fn look_further(&mut self, index: LookupIndex) {
+        let job = &mut self.lookups[index.at()];
+        let window = u32::try_from(MAX_LOOKUP_KEYS).expect("40");
+        job.asked_from = job.found;
+        job.asked = u8::try_from((job.keys - job.found).min(window)).expect("at most 40");
+        let asked = job.asked;
+        self.lookup_answers[index.at() * MAX_LOOKUP_KEYS..][..usize::from(asked)].fill(Answer::Waiting);
+        for place in 0..asked {
+            self.ask_first(self.lookup_query(index, u16::from(place)));
+        }
+    }
+
+    /// Ends a lookup, and whatever it still asks for.
+    pub(super) fn finish_lookup(&mut self, index: LookupIndex, outcome: LookupOutcome) {
+        let job = &mut self.lookups[index.at()];
+        assert_eq!(job.state, LookupState::Running, "a lookup ends once");
+        job.state = LookupState::Ended;
+        job.outcome = outcome;
+        for place in 0..job.asked {
+            self.drop_query(self.lookup_query(index, u16::from(place)));
+        }
+        self.push_event(Queued::LookupDone(index));
+    }
+}

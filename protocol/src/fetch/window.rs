@@ -1,0 +1,249 @@
+//! How much may be asked of one store: congestion control by delay.
+//!
+//! The window follows the law of FAST TCP (Wei, Jin, Low, Hegde: "FAST TCP", IEEE/ACM ToN 2006, eq. 1): once a round trip
+//! it goes half the way to `window * base / rtt + share`, whose fixed point keeps `share` segments of this data plane in
+//! the bottleneck's queue. Data planes that share a bottleneck see the same delay, so they end with the same rate, in
+//! a few round trips whatever their number and the link's rate. A delay is counted as queue only beyond a tolerance, the
+//! target of Swift (SIGCOMM 2020): below it lies what polling loops and jitter add. The least round trip of each round is
+//! looked at, so that jitter is not taken for a queue (CoDel's standing queue).
+//!
+//! Random loss is no sign of congestion and is ignored up to a share; marks (ECN) shrink the window as DCTCP does.
+
+/// Segments that this data plane keeps in the queue of a bottleneck (FAST's alpha) at least: a small PULL's worth; and as
+/// a share of what its link can hold, because windows become equal in about `window / alpha` rounds.
+const SHARE: (u32, u32) = (8, 32);
+/// Least window: one segment arriving, one asked for.
+const LEAST: u32 = 2;
+/// Rounds without a queue after which the window grows by a quarter each, not by its share: TIMELY's hyperactive increase
+/// (SIGCOMM 2015, section 4.3).
+const CALM_ROUNDS: u8 = 4;
+/// Loss above one in this many segments of a round is congestion: a buffer overflows that is too small to show a delay.
+/// BBR version 1 bears 20 %, version 2 2 %; the network may lose 5 % at random.
+const LOSS_TOLERANCE: u32 = 8;
+/// Losses in a round from which its loss share means something.
+const LEAST_LOSSES: u32 = 8;
+/// One, of shares.
+const ONE: u32 = 1 << 10;
+/// Weight of a round in the share of marked segments: DCTCP's g (RFC 8257 section 3.3), as a shift.
+const MARK_SHIFT: u32 = 4;
+
+/// Of one store, in segments.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Window {
+    limit: u32,
+    /// The round ends when something asked for after this PULL arrives.
+    ends_after: u64,
+    /// Least round trip in this round, nanoseconds; `u64::MAX` before the first.
+    least_rtt: u64,
+    arrived: u32,
+    marked: u32,
+    lost: u32,
+    /// Rounds without a queue.
+    calm: u8,
+    /// Share of marked segments, smoothed, in parts of `ONE`.
+    marks: u32,
+}
+
+/// What a window is measured with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Path {
+    /// Round trip without queues, nanoseconds.
+    pub(super) base: u64,
+    /// Delay that is not counted as queue, nanoseconds.
+    pub(super) tolerance: u64,
+    /// What the link can hold, segments: no window is larger.
+    pub(super) most: u32,
+}
+
+impl Window {
+    /// Open as far as the link can hold: what is too much shows within a round trip, and is paced until then.
+    pub(super) const OPEN: Window = Window {
+        limit: u32::MAX,
+        ends_after: 0,
+        least_rtt: u64::MAX,
+        arrived: 0,
+        marked: 0,
+        lost: 0,
+        calm: 0,
+        marks: 0,
+    };
+
+    /// Segments that may be under way.
+    #[inline]
+    pub(super) fn limit(&self) -> u32 {
+        self.limit
+    }
+
+    /// Takes in an arrival.
+    #[inline]
+    pub(super) fn arrived(&mut self, marked: bool) {
+        self.arrived += 1;
+        self.marked += u32::from(marked);
+    }
+
+    /// Takes in that segments were given up as lost.
+    pub(super) fn lost(&mut self, segments: u32) {
+        self.lost = self.lost.saturating_add(segments);
+    }
+
+    /// Takes in a round trip, queues included.
+    pub(super) fn sample(&mut self, rtt: u64) {
+        self.least_rtt = self.least_rtt.min(rtt);
+    }
+
+    /// Whether the arrival of something asked for by the PULL at `order` ends a round.
+    #[inline]
+    pub(super) fn is_over(&self, order: u64) -> bool {
+        order > self.ends_after
+    }
+
+    /// The store asks for less: half, once a round.
+    pub(super) fn busy(&mut self, in_flight: u32) {
+        self.limit = self.limit.min(in_flight / 2).max(LEAST);
+        self.calm = 0;
+    }
+
+    /// Ends a round: the next ends with what is asked for after `last_order`. Returns whether there was congestion.
+    pub(super) fn end_round(&mut self, last_order: u64, path: &Path) -> bool {
+        let before = self.limit.min(path.most);
+        let (least_rtt, seen) = (self.least_rtt, self.arrived + self.lost);
+        let marked = self.marked * ONE / self.arrived.max(1);
+        self.marks = self.marks - (self.marks >> MARK_SHIFT) + (marked >> MARK_SHIFT);
+        let overflows = self.lost >= LEAST_LOSSES && self.lost > seen / LOSS_TOLERANCE;
+        let next = if overflows {
+            before - part(before, self.lost * ONE / seen / 2)
+        } else if marked > 0 {
+            before - part(before, self.marks.max(1) / 2)
+        } else if least_rtt == u64::MAX {
+            before
+        } else {
+            self.follow_delay(before, least_rtt, path)
+        };
+        let queued = least_rtt != u64::MAX && least_rtt > path.base.saturating_add(path.tolerance);
+        let congested = overflows || marked > 0 || queued;
+        self.calm = if congested { 0 } else { self.calm.saturating_add(1) };
+        // What the link can hold may grow: a window that it does not feel must not hold it back then.
+        let is_open = !congested && next >= path.most;
+        *self = Window {
+            limit: if is_open { u32::MAX } else { next.max(LEAST) },
+            ends_after: last_order,
+            calm: self.calm,
+            marks: self.marks,
+            ..Window::OPEN
+        };
+        congested
+    }
+
+    fn follow_delay(&self, before: u32, rtt: u64, path: &Path) -> u32 {
+        let free = path.base.saturating_add(path.tolerance).max(1);
+        let share = SHARE.0.max(path.most / SHARE.1);
+        if rtt <= free && self.calm >= CALM_ROUNDS {
+            return before.saturating_add(before / 4 + share / 2);
+        }
+        // Of what is under way, the part that is not in a queue.
+        let flying = u128::from(before) * u128::from(free) / u128::from(rtt.max(free));
+        let goal = u32::try_from(flying).unwrap_or(u32::MAX).saturating_add(share);
+        before / 2 + goal / 2 + (before & goal & 1)
+    }
+}
+
+fn part(of: u32, share: u32) -> u32 {
+    u32::try_from(u64::from(of) * u64::from(share) / u64::from(ONE)).unwrap_or(of)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATH: Path = Path { base: 50_000, tolerance: 20_000, most: 2000 };
+
+    /// Windows that share a bottleneck of `rate` segments a millisecond: after each round all see the same queue.
+    fn share(windows: &mut [Window], rate: u64, path: &Path, rounds: u64) -> u64 {
+        let mut rtt = path.base;
+        for round in 1..=rounds {
+            for window in &mut *windows {
+                window.sample(rtt);
+                window.end_round(round, path);
+            }
+            let under_way: u64 = windows.iter().map(|window| u64::from(window.limit().min(path.most))).sum();
+            rtt = path.base.max(under_way * 1_000_000 / rate);
+        }
+        rtt
+    }
+
+    #[test]
+    fn windows_at_one_bottleneck_become_equal_and_fill_it() {
+        // 10 Gbit/s at 50 us and 10 ms, 100 and 400 Gbit/s at 50 us, and a bottleneck slower than the link.
+        let cases = [(833, 50, 56), (833, 10_000, 8400), (8333, 50, 500), (33_333, 50, 1800), (100, 50, 56)];
+        for (rate, base_us, most) in cases {
+            let path = Path { base: base_us * 1000, tolerance: 20_000.max(base_us * 250), most };
+            let mut windows = [2, most].map(|limit| Window { limit, ..Window::OPEN });
+            let rtt = share(&mut windows, rate, &path, 150);
+            let [a, b] = windows.map(|window| f64::from(window.limit().min(path.most)));
+            let jain = (a + b) * (a + b) / (2.0 * (a * a + b * b));
+            assert!(jain > 0.98, "{a} and {b} at {rate}");
+            let under_way: u64 = windows.iter().map(|window| u64::from(window.limit().min(path.most))).sum();
+            assert!(under_way * 1_000_000 / rate >= path.base, "the link is full");
+            // The tolerance, the shares, and rounding.
+            let queue = path.tolerance + u64::from(2 * SHARE.0.max(most / SHARE.1) + 4) * 1_000_000 / rate;
+            assert!(rtt <= path.base + queue, "{rtt} at {rate}");
+        }
+    }
+
+    #[test]
+    fn an_empty_path_is_filled_in_few_rounds() {
+        let mut window = Window { limit: 2, ..Window::OPEN };
+        for round in 1..40 {
+            window.sample(PATH.base);
+            assert!(!window.end_round(round, &PATH));
+        }
+        assert_eq!(window.limit(), u32::MAX, "the link is what limits it");
+    }
+
+    #[test]
+    fn random_loss_is_borne_and_overflow_is_not() {
+        let mut window = Window { limit: 1000, ..Window::OPEN };
+        for _ in 0..1000 {
+            window.arrived(false);
+        }
+        window.lost(100);
+        window.sample(PATH.base);
+        assert!(!window.end_round(1, &PATH));
+        assert!(window.limit() >= 1000);
+        for _ in 0..500 {
+            window.arrived(false);
+        }
+        window.lost(500);
+        let before = window.limit();
+        assert!(window.end_round(2, &PATH));
+        assert_eq!(window.limit(), before - before / 4);
+    }
+
+    #[test]
+    fn marks_shrink_the_window_by_their_share() {
+        let mut window = Window { limit: 1000, ..Window::OPEN };
+        for round in 1..200 {
+            for _ in 0..64 {
+                window.arrived(true);
+            }
+            window.end_round(round, &PATH);
+        }
+        assert_eq!(window.limit(), LEAST, "every segment marked: as if half were lost, each round");
+        let mut few = Window { limit: 1000, ..Window::OPEN };
+        for segment in 0..1000 {
+            few.arrived(segment % 10 == 0);
+        }
+        few.end_round(1, &PATH);
+        assert!((990..1000).contains(&few.limit()), "{}", few.limit());
+    }
+
+    #[test]
+    fn rounds_end_with_what_was_asked_for_after_them() {
+        let mut window = Window::OPEN;
+        assert!(window.is_over(1));
+        window.end_round(7, &PATH);
+        assert!(!window.is_over(7) && window.is_over(8));
+        window.busy(100);
+        assert_eq!(window.limit(), 50);
+    }
+}
