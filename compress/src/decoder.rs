@@ -6,7 +6,7 @@ use crate::format::PlaneEntry;
 use crate::groups::Groups;
 use crate::payload::{Codes, Layout, LayoutError, SECTION_LENGTH_BYTES, max_encoded_bytes};
 use crate::section::{FrameError, SectionReader};
-use crate::{Codec, Dtype, OutDtype, Quantizer, Shape, checksum, lossless};
+use crate::{Codec, Dtype, Isa, OutDtype, Quantizer, Shape, checksum, lossless};
 
 /// Why a plane can't be decoded. Nothing was written to the destination, and the decoder can take the next plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -128,6 +128,8 @@ pub struct Decoder {
 
 /// What decoding needs besides the encoded bytes.
 struct Inner {
+    isa: Isa,
+    streaming: bool,
     sections: SectionReader,
     /// What sections decompress to: codes, or the two byte planes of a lossless plane.
     decompressed: Vec<u8>,
@@ -159,14 +161,30 @@ impl Decoder {
         let [scales, offsets] = [(); 2].map(|()| vec![1.0; max_plane_bytes / 64 * 13 + 13]);
         let decompressed = vec![0xff; max_plane_bytes];
         let row = vec![0xff; (max_plane_bytes / Dtype::BYTES).min(u16::MAX.into())];
-        let inner = Inner { sections: SectionReader::new(), decompressed, row, scales, offsets };
+        let (isa, streaming, sections) = (Isa::detect(), false, SectionReader::new());
+        let inner = Inner { isa, streaming, sections, decompressed, row, scales, offsets };
         Self { max_plane_bytes, linear, linearized: None, inner }
+    }
+
+    /// Chooses the instruction set instead of taking the best that the CPU has: for measurements and tests.
+    #[must_use]
+    pub fn with_isa(mut self, isa: Isa) -> Self {
+        self.inner.isa = isa;
+        self
+    }
+
+    /// Whether quantized planes are written past the caches, where destination and rows are aligned to 64 bytes: for
+    /// destinations that no CPU reads soon. `docs/CODEC.md` has the measurement.
+    #[must_use]
+    pub fn with_streaming_stores(mut self, streaming: bool) -> Self {
+        self.inner.streaming = streaming;
+        self
     }
 
     /// Bytes of memory the decoder holds: scratch and zstd context.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {
-        let Inner { sections, decompressed, row, scales, offsets } = &self.inner;
+        let Inner { sections, decompressed, row, scales, offsets, .. } = &self.inner;
         let groups = size_of_val(scales.as_slice()) + size_of_val(offsets.as_slice());
         self.linear.len() + decompressed.len() + row.len() + groups + sections.size()
     }
@@ -431,7 +449,8 @@ impl Inner {
         out_dtype: OutDtype,
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
-        let Self { sections, decompressed, row, scales, offsets } = self;
+        let Self { isa, streaming, sections, decompressed, row, scales, offsets } = self;
+        let (isa, streaming) = (*isa, *streaming);
         let divisor = out_dtype.divisor().unwrap_or(1.0);
         let (scales, offsets) = parts.groups.widen(usize::from(shape.kv_heads), divisor, scales, offsets)?;
         let section = match section {
@@ -447,8 +466,9 @@ impl Inner {
             per_channel: entry.quantizer == Quantizer::PerChannel,
             head_dim: usize::from(shape.head_dim),
             out_dtype,
+            streaming,
         };
-        dequantize::dequantize(&job, row, out);
+        dequantize::dequantize(isa, &job, row, out);
         Ok(())
     }
 }

@@ -21,6 +21,7 @@ mod dtype;
 mod encoder;
 mod format;
 mod groups;
+mod isa;
 mod lossless;
 mod offload;
 mod packing;
@@ -40,6 +41,7 @@ pub use format::{
     ENTRY_BYTES, FIXED_HEADER_BYTES, FORMAT_VERSION, FormatError, MAGIC, MAX_CHUNK_BYTES, MAX_HEADER_BYTES,
     PlaneEntry, header_bytes,
 };
+pub use isa::Isa;
 pub use offload::{Offload, Section, Untaken};
 pub use payload::{LayoutError, max_encoded_bytes};
 pub use reference::reference_decode;

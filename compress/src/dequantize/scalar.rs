@@ -1,31 +1,10 @@
-//! From packed codes, scales and offsets to floats: where a plane's time goes besides decompression.
-//!
-//! A product, then a sum, never fused: every machine gives the same bits.
+//! One element after the other: what every other kernel must give.
 
+use super::Job;
 use crate::dtype::{self, OutDtype};
-use crate::packing::Packing;
 
-/// A plane to dequantize: codes, scales and offsets as they lie, and what to make of them.
-pub(crate) struct Job<'a> {
-    pub(crate) packing: Packing,
-    /// Low bits of the codes.
-    pub(crate) plain: &'a [u8],
-    /// The rest of the codes, decompressed.
-    pub(crate) section: &'a [u8],
-    /// One per channel, or one per head row.
-    pub(crate) scales: &'a [f32],
-    /// As many as there are scales.
-    pub(crate) offsets: &'a [f32],
-    /// Whether scales are those of channels.
-    pub(crate) per_channel: bool,
-    pub(crate) head_dim: usize,
-    /// Scales and offsets are already divided by the scale of FP8.
-    pub(crate) out_dtype: OutDtype,
-}
-
-/// Writes the plane to `out`, little-endian. The sizes of codes, scales, offsets and `out` agree; `row` has room for
-/// one head row.
-pub(crate) fn dequantize(job: &Job<'_>, row: &mut [u8], out: &mut [u8]) {
+/// Writes the plane to `out`; `row` has room for the codes of one head row.
+pub(super) fn plane(job: &Job<'_>, row: &mut [u8], out: &mut [u8]) {
     match job.out_dtype {
         OutDtype::Bf16 => rows(job, row, out, |value, out: &mut [u8; 2]| {
             // The decoder has checked that no element leaves the range of bfloat16.
