@@ -17,7 +17,8 @@ pub(crate) struct Flags {
     /// Where the store is: address and UDP port
     #[arg(long, value_name = "ADDRESS:PORT", required = true)]
     store: Option<SocketAddr>,
-    /// MAC address that packets for the store go to, instead of asking by ARP; needed with IPv6
+    /// MAC address that packets for the store go to, instead of asking by ARP or neighbour
+    /// discovery
     #[arg(long, value_name = "MAC", value_parser = parse_mac)]
     store_mac: Option<[u8; 6]>,
     /// Router for stores on other networks

@@ -388,6 +388,7 @@ impl OneProcess {
             Ok(IfaceConfig {
                 device,
                 address: address.parse()?,
+                vlan: None,
                 udp_port,
                 mtu: 1500,
                 queues,

@@ -11,6 +11,7 @@ use dpdk::EalConfig;
 use hugepages::PageChoice;
 use iface::{IfaceConfig, IpPrefix};
 use protocol::Namespace;
+use protocol::wire::ethernet::MAX_VLAN;
 
 /// Where `shadowserve` processes of one host meet.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/shadowserve.sock";
@@ -27,6 +28,9 @@ pub(crate) struct PortFlags {
     /// Address of this end with its network's prefix length, IPv4 or IPv6
     #[arg(long, value_name = "ADDRESS/BITS", required = true)]
     pub(crate) ip: Option<IpPrefix>,
+    /// VLAN to be in (1 to 4094): frames are sent with its tag and taken with no other [default: none, no tags]
+    #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_VLAN)))]
+    pub(crate) vlan: Option<u16>,
     /// Largest IP packet, in bytes
     #[arg(long, value_name = "BYTES", default_value_t = 1500)]
     pub(crate) mtu: u16,
@@ -47,6 +51,7 @@ impl PortFlags {
         Ok(IfaceConfig {
             device: self.port.clone().context("--port is missing")?,
             address: self.ip.context("--ip is missing")?,
+            vlan: self.vlan,
             udp_port,
             mtu: self.mtu,
             queues,

@@ -18,7 +18,7 @@ pub struct Config {
     pub placement: Placement,
     /// Where the store is.
     pub store: SocketAddr,
-    /// The MAC address that packets for the store go to, when ARP is not to find it.
+    /// The MAC address that packets for the store go to, when neither ARP nor neighbour discovery is to find it.
     pub store_mac: Option<[u8; 6]>,
     /// Whom packets for other networks go to.
     pub gateway: Option<IpAddr>,
@@ -61,9 +61,6 @@ pub enum ConfigError {
         /// Our address.
         address: String,
     },
-    /// IPv6 needs the store's MAC address.
-    #[error("--store-mac is needed with IPv6: neighbour discovery is not spoken yet")]
-    NoMac,
     /// A budget is zero.
     #[error("--{0} is 0: give at least 1")]
     Zero(&'static str),
@@ -100,10 +97,6 @@ impl Config {
         let same_version = self.store.is_ipv4() == self.iface.address.ip.is_ipv4();
         let hop =
             if self.iface.address.contains(self.store.ip()) { Some(self.store.ip()) } else { self.gateway };
-        let hop = hop.filter(|hop| same_version && self.iface.address.contains(*hop)).ok_or_else(no_route)?;
-        if hop.is_ipv6() && self.store_mac.is_none() {
-            return Err(ConfigError::NoMac);
-        }
-        Ok(hop)
+        hop.filter(|hop| same_version && self.iface.address.contains(*hop)).ok_or_else(no_route)
     }
 }

@@ -34,7 +34,7 @@ pub(crate) struct StoreAddress {
 
 /// Exact counts of the planes of one queue:
 /// `planes_arrived = planes_delivered + planes_corrupt + planes_undecodable + planes under way`. With the link's counts,
-/// over all queues: `rx_packets = rx_arp + segments_accepted + control_accepted + sum(dropped)`.
+/// over all queues: `rx_packets = rx_neighbour + rx_icmp + segments_accepted + control_accepted + sum(dropped)`.
 #[derive(Debug, Default)]
 pub(crate) struct PlaneCounters {
     pub(crate) planes_arrived: Counter,
@@ -132,11 +132,13 @@ impl RxStage {
             };
             let result = match ports.queue(datagram.to_port) {
                 Some(owner) if owner == *queue => {
-                    planes.take_datagram(engine, counters, now_ns, store, datagram.mbuf)
+                    let from = (store, datagram.marked);
+                    planes.take_datagram(engine, counters, now_ns, from, datagram.mbuf)
                 }
                 Some(owner) => {
                     counters.misdirected.add(1);
-                    pass_on(&rings.strays_of[usize::from(owner)], store, datagram.mbuf)
+                    let from = (store, datagram.marked);
+                    pass_on(&rings.strays_of[usize::from(owner)], from, datagram.mbuf)
                 }
                 None => Err(DropReason::ForeignPort),
             };
@@ -152,11 +154,10 @@ impl RxStage {
             && let Some(mut mbuf) = self.rings.strays.dequeue()
         {
             taken += 1;
-            let Some(&[low, high]) = mbuf.data().first_chunk() else { continue };
-            mbuf.trim_front(2);
-            let store = StoreIndex(u16::from_le_bytes([low, high]));
-            let result =
-                self.planes.take_datagram(&mut self.engine, &self.counters, now.nanos(), store, mbuf);
+            let Some(&[low, high, marked]) = mbuf.data().first_chunk() else { continue };
+            mbuf.trim_front(3);
+            let from = (StoreIndex(u16::from_le_bytes([low, high])), marked != 0);
+            let result = self.planes.take_datagram(&mut self.engine, &self.counters, now.nanos(), from, mbuf);
             if let Err(reason) = result {
                 self.link.counters().dropped.add(reason);
             }
@@ -334,7 +335,14 @@ impl RxStage {
                 let transmit = engine.poll_transmit(now, buffer)?;
                 let store = stores.get(usize::from(transmit.store.0))?;
                 let to = Peer { mac, ip: store.ip, port: store.port };
-                Some(Outgoing { from_port, to, payload_bytes: transmit.len, covered: false })
+                Some(Outgoing {
+                    from_port,
+                    to,
+                    payload_bytes: transmit.len,
+                    tail: None,
+                    marks_answered: false,
+                    covered: false,
+                })
             };
             while link.send(&mut write) {
                 sent += 1;
@@ -353,12 +361,12 @@ impl Planes {
         engine: &mut FetchEngine<EncodedChunks>,
         counters: &PlaneCounters,
         now_ns: u64,
-        store: StoreIndex,
+        (store, marked): (StoreIndex, bool),
         mut mbuf: Mbuf,
     ) -> Result<(), DropReason> {
         let now = Instant::from_nanos(now_ns);
         let Accepted::Segment { transfer, segment, data } =
-            engine.handle_datagram(now, store, false, mbuf.data())?
+            engine.handle_datagram(now, store, marked, mbuf.data())?
         else {
             counters.control_accepted.add(1);
             return Ok(());
@@ -405,9 +413,14 @@ fn store_of(stores: &[StoreAddress], from: &Peer) -> Option<StoreIndex> {
     u16::try_from(index).ok().map(StoreIndex)
 }
 
-/// Passes a packet on to the queue it is for, the store's number in front of it.
-fn pass_on(strays: &Ring<Mbuf>, store: StoreIndex, mut mbuf: Mbuf) -> Result<(), DropReason> {
-    let front = mbuf.prepend(2).ok_or(DropReason::QueueFull)?;
-    front.copy_from_slice(&store.0.to_le_bytes());
+/// Passes a packet on to the queue it is for, the store's number and whether it was marked in front of it.
+fn pass_on(
+    strays: &Ring<Mbuf>,
+    (store, marked): (StoreIndex, bool),
+    mut mbuf: Mbuf,
+) -> Result<(), DropReason> {
+    let front = mbuf.prepend(3).ok_or(DropReason::QueueFull)?;
+    let [low, high] = store.0.to_le_bytes();
+    front.copy_from_slice(&[low, high, u8::from(marked)]);
     strays.enqueue(mbuf).map_err(|_| DropReason::QueueFull)
 }

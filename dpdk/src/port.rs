@@ -209,6 +209,19 @@ impl Port {
         }
     }
 
+    /// Has the device receive packets to these multicast addresses too, beside its own and broadcasts: by its filter, else by taking
+    /// every multicast. Returns false if it can do neither.
+    pub fn listen_to_groups(&self, groups: &[[u8; 6]]) -> bool {
+        let mut addresses: Vec<_> =
+            groups.iter().map(|&addr_bytes| dpdk_sys::rte_ether_addr { addr_bytes }).collect();
+        let count = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
+        // SAFETY: the port exists and is started; as many addresses are read as there are.
+        unsafe {
+            dpdk_sys::rte_eth_dev_set_mc_addr_list(self.inner.id, addresses.as_mut_ptr(), count) == 0
+                || dpdk_sys::rte_eth_allmulticast_enable(self.inner.id) == 0
+        }
+    }
+
     /// What the device does for us.
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {

@@ -65,6 +65,8 @@ pub struct IfaceConfig {
     pub device: String,
     /// Our address.
     pub address: IpPrefix,
+    /// The VLAN that we are in: frames are sent with its tag, and taken with no other.
+    pub vlan: Option<u16>,
     /// UDP port of the first queue.
     pub udp_port: u16,
     /// Largest IP packet, in bytes.

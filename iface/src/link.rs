@@ -1,4 +1,5 @@
-//! One queue of a port: receives frames and hands over the datagrams for us, sends datagrams, answers ARP.
+//! One queue of a port: receives frames and hands over the datagrams for us, sends datagrams, answers who asks for our
+//! MAC address.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -9,10 +10,11 @@ use dpdk::{
     Burst, Checksum, Eal, Mbuf, Pool, PoolConfig, PoolError, Port, PortConfig, PortError, RxQueue, TxQueue,
 };
 use protocol::frame::{self, HardwareChecks, Incoming, Local, Peer, TxChecksum};
-use protocol::neighbour::{NeighbourConfig, NeighbourError, Neighbours};
+use protocol::neighbour::{self, NeighbourConfig, NeighbourError, Neighbours};
 use protocol::reason::DropReason;
 use protocol::time::Instant;
-use protocol::wire::arp;
+use protocol::wire::icmp::PathError;
+use protocol::wire::{Ecn, ethernet, icmpv6};
 use serde_json::{Map, Value, json};
 
 use crate::config::IfaceConfig;
@@ -32,27 +34,33 @@ pub struct Datagram {
     pub from: Peer,
     /// Which of our UDP ports it came to.
     pub to_port: u16,
+    /// Whether a router marked it as having met congestion (ECN).
+    pub marked: bool,
     /// The payload.
     pub mbuf: Mbuf,
 }
 
 /// A datagram whose payload was just written.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Outgoing {
     /// Which of our UDP ports it comes from.
     pub from_port: u16,
     /// Whom it goes to.
     pub to: Peer,
-    /// Bytes of payload.
+    /// Bytes of payload that were written.
     pub payload_bytes: usize,
+    /// What follows them, in buffers of its own; only on a port that sends such chains ([`Link::sends_chains`]).
+    pub tail: Option<Mbuf>,
+    /// Whether whoever receives it answers congestion marks (ECN), so that routers may mark instead of dropping.
+    pub marks_answered: bool,
     /// Whether what carries it is checked end to end, so that a UDP checksum that no NIC computes is left out (over IPv4,
     /// RFC 768).
     pub covered: bool,
 }
 
-/// Exact counts of one queue. Every frame is an ARP packet, dropped by the link, or handed over as a datagram. Of the
-/// datagrams the owner takes some and counts those that it drops in `dropped` too, so that over all queues
-/// `rx_packets = rx_arp + sum(dropped) + datagrams that the owners took`.
+/// Exact counts of one queue. Every frame is a neighbour's, an error about a packet of ours, dropped by the link, or handed
+/// over as a datagram. Of the datagrams the owner takes some and counts those that it drops in `dropped` too, so that over all
+/// queues `rx_packets = rx_neighbour + rx_icmp + sum(dropped) + datagrams that the owners took`.
 #[derive(Debug, Default)]
 pub struct LinkCounters {
     /// Frames received.
@@ -61,8 +69,12 @@ pub struct LinkCounters {
     pub rx_bytes: Counter,
     /// Datagrams handed over.
     pub rx_datagrams: Counter,
-    /// ARP requests and replies taken.
-    pub rx_arp: Counter,
+    /// Datagrams that a router marked as having met congestion.
+    pub rx_marked: Counter,
+    /// Requests and replies of ARP and neighbour discovery taken.
+    pub rx_neighbour: Counter,
+    /// ICMP errors about packets of ours.
+    pub rx_icmp: Counter,
     /// Frames sent.
     pub tx_packets: Counter,
     /// Bytes of those frames.
@@ -113,7 +125,9 @@ impl LinkCounters {
             "rx_packets": self.rx_packets.get(),
             "rx_bytes": self.rx_bytes.get(),
             "rx_datagrams": self.rx_datagrams.get(),
-            "rx_arp": self.rx_arp.get(),
+            "rx_marked": self.rx_marked.get(),
+            "rx_neighbour": self.rx_neighbour.get(),
+            "rx_icmp": self.rx_icmp.get(),
             "tx_packets": self.tx_packets.get(),
             "tx_bytes": self.tx_bytes.get(),
             "tx_nombuf": self.tx_nombuf.get(),
@@ -164,12 +178,15 @@ pub struct Link {
     tx_checksum: TxChecksum,
     covered_checksum: TxChecksum,
     max_payload_bytes: usize,
+    sends_chains: bool,
     received: Burst,
     sending: Burst,
     /// Taken from the pool for a datagram that was not sent after all.
     spare: Option<Mbuf>,
     neighbours: Neighbours,
     macs: Arc<MacTable>,
+    /// Errors that nobody has asked for yet; more are forgotten, they are hints.
+    path_errors: [Option<PathError>; 8],
     counters: Arc<LinkCounters>,
 }
 
@@ -178,7 +195,7 @@ pub struct Link {
 pub struct NextHop {
     /// Its address.
     pub ip: IpAddr,
-    /// Its MAC address, if it is given; otherwise ARP finds it.
+    /// Its MAC address, if it is given; otherwise ARP or neighbour discovery finds it.
     pub mac: Option<[u8; 6]>,
 }
 
@@ -224,7 +241,8 @@ const NEIGHBOURS: NeighbourConfig =
 static NEXT_POOL: AtomicU32 = AtomicU32::new(0);
 
 /// Opens the port of `config` and starts it. `peer` is whom the queues will talk to, if that is known, and serves to
-/// choose UDP ports that the device steers to the right queue; `next_hops` are the addresses to resolve by ARP.
+/// choose UDP ports that the device steers to the right queue; `next_hops` are the addresses to resolve by ARP
+/// or neighbour discovery.
 ///
 /// # Errors
 /// When buffers or device cannot be had; the message says which and what to do.
@@ -258,7 +276,12 @@ pub fn open(
         }
         _ => PortMap::consecutive(config.udp_port, config.queues),
     };
-    let local = Local { mac: mac_of(&port, ip), ip, first_port: ports.first_port(), ports: ports.span() };
+    let (first_port, span) = (ports.first_port(), ports.span());
+    let local = Local { mac: mac_of(&port, ip), ip, first_port, ports: span, vlan: config.vlan };
+    if let IpAddr::V6(ip) = ip {
+        let groups = [icmpv6::solicited_node(ip), icmpv6::ALL_NODES].map(ethernet::multicast_mac);
+        port.listen_to_groups(&groups);
+    }
     let (tx_checksum, covered_checksum) = match port.capabilities().tx_udp_checksum {
         true => (TxChecksum::Hardware, TxChecksum::Hardware),
         false if ip.is_ipv4() => (TxChecksum::Software, TxChecksum::Absent),
@@ -267,7 +290,7 @@ pub fn open(
     let macs = Arc::new(MacTable::new(next_hops.iter().map(|hop| hop.ip)));
     let mut links = Vec::new();
     for ((rx, tx), pool) in rx.into_iter().zip(tx).zip(&pools) {
-        let mut neighbours = Neighbours::new(local.mac, ip, &NEIGHBOURS);
+        let mut neighbours = Neighbours::new(local, &NEIGHBOURS);
         for hop in next_hops {
             if let Some(mac) = hop.mac {
                 macs.learn(hop.ip, mac);
@@ -283,12 +306,14 @@ pub fn open(
             local,
             tx_checksum,
             covered_checksum,
-            max_payload_bytes: usize::from(config.mtu) + 14 - frame::header_bytes(&ip),
+            max_payload_bytes: usize::from(config.mtu) + local.link_bytes() - local.header_bytes(),
+            sends_chains: port.capabilities().tx_multi_segment,
             received: Burst::new(),
             sending: Burst::new(),
             spare: None,
             neighbours,
             macs: Arc::clone(&macs),
+            path_errors: [None; 8],
             counters: Arc::default(),
         });
     }
@@ -318,8 +343,8 @@ impl Link {
         &self.counters
     }
 
-    /// Receives one burst and hands each datagram for us to `deliver`; ARP packets go to the neighbour table. Returns the number of
-    /// frames received.
+    /// Receives one burst and hands each datagram for us to `deliver`; neighbours' packets go to their table, errors
+    /// to [`Link::take_path_error`]. Returns the number of frames received.
     #[inline]
     pub fn receive(&mut self, now_ns: u64, mut deliver: impl FnMut(Datagram)) -> usize {
         let received = self.rx.receive(&mut self.received);
@@ -335,7 +360,7 @@ impl Link {
                     self.counters.rx_datagrams.add(1);
                     deliver(datagram);
                 }
-                Ok(None) => self.counters.rx_arp.add(1),
+                Ok(None) => {}
                 Err(reason) => self.counters.dropped.add(reason),
             }
         }
@@ -353,19 +378,58 @@ impl Link {
             udp_good: mbuf.l4_checksum() == Checksum::Good,
         };
         match frame::parse(mbuf.data(), &self.local, checks)? {
-            Incoming::Datagram { from, to_port, payload } => {
+            Incoming::Datagram { from, to_port, marked, payload } => {
                 let excess = mbuf.data().len() - payload.end;
                 mbuf.trim_back(excess);
                 mbuf.trim_front(payload.start);
-                Ok(Some(Datagram { from, to_port, mbuf }))
+                if marked {
+                    self.counters.rx_marked.add(1);
+                }
+                Ok(Some(Datagram { from, to_port, marked, mbuf }))
             }
-            arp @ (Incoming::ArpRequest { sender_mac, sender_ip }
-            | Incoming::ArpReply { sender_mac, sender_ip }) => {
-                self.neighbours.handle(now, &arp);
-                self.macs.learn(IpAddr::V4(sender_ip), sender_mac);
+            other => {
+                self.take_note(now, &other);
                 Ok(None)
             }
         }
+    }
+
+    /// Of a neighbour, or of an error about a packet of ours.
+    #[cold]
+    fn take_note(&mut self, now: Instant, incoming: &Incoming) {
+        self.neighbours.handle(now, incoming);
+        match *incoming {
+            Incoming::NeighbourRequest { sender_mac, sender_ip } => {
+                self.counters.rx_neighbour.add(1);
+                self.macs.learn(sender_ip, sender_mac);
+            }
+            Incoming::NeighbourReply { mac, ip, overrides } => {
+                self.counters.rx_neighbour.add(1);
+                if overrides || self.macs.get(ip).is_none() {
+                    self.macs.learn(ip, mac);
+                }
+            }
+            Incoming::PathError(error) => {
+                self.counters.rx_icmp.add(1);
+                if let Some(free) = self.path_errors.iter_mut().find(|error| error.is_none()) {
+                    *free = Some(error);
+                }
+            }
+            Incoming::Datagram { .. } => {}
+        }
+    }
+
+    /// An error about a packet of ours that came since the last call. Whoever can see or guess our packets' addresses and ports
+    /// can forge one: take it for a hint.
+    #[inline]
+    pub fn take_path_error(&mut self) -> Option<PathError> {
+        self.path_errors.iter_mut().find_map(Option::take)
+    }
+
+    /// Whether the port sends packets that lie in several buffers.
+    #[must_use]
+    pub fn sends_chains(&self) -> bool {
+        self.sends_chains
     }
 
     /// Whether [`Link::send`] has room in its burst.
@@ -386,23 +450,37 @@ impl Link {
             self.counters.tx_nombuf.add(1);
             return false;
         };
-        let header = frame::header_bytes(&self.local.ip);
+        let header = self.local.header_bytes();
         let room = header + self.max_payload_bytes;
         let Some(buffer) = mbuf.append(room) else { return false };
-        let queued =
-            write(&mut buffer[header..]).and_then(|Outgoing { from_port, to, payload_bytes, covered }| {
-                let checksum = if covered { self.covered_checksum } else { self.tx_checksum };
-                frame::emit_udp(buffer, &self.local, from_port, &to, payload_bytes, checksum).ok()
-            });
-        let Some(frame_bytes) = queued else {
+        let queued = write(&mut buffer[header..]).and_then(|outgoing| {
+            let Outgoing { from_port, to, payload_bytes, tail, marks_answered, covered } = outgoing;
+            let attached = tail.as_ref().map_or(&[][..], Mbuf::data);
+            let datagram = frame::Outgoing {
+                source_port: from_port,
+                to,
+                payload_bytes: payload_bytes + attached.len(),
+                attached,
+                checksum: if covered { self.covered_checksum } else { self.tx_checksum },
+                ecn: if marks_answered { Ecn::Ect0 } else { Ecn::NotCapable },
+            };
+            frame::emit_udp(buffer, &self.local, &datagram).ok()?;
+            Some((header + payload_bytes, tail))
+        });
+        let Some((here, tail)) = queued else {
             mbuf.trim_back(room);
             self.spare = Some(mbuf);
             return false;
         };
-        mbuf.trim_back(room - frame_bytes);
+        mbuf.trim_back(room - here);
+        if let Some(tail) = tail {
+            let chained = mbuf.chain(tail);
+            debug_assert!(chained.is_ok(), "two buffers make a chain");
+        }
         if self.tx_checksum == TxChecksum::Hardware {
             let ipv6 = self.local.ip.is_ipv6();
-            mbuf.request_tx_checksum(14, if ipv6 { 40 } else { 20 }, ipv6);
+            let link = u8::try_from(self.local.link_bytes()).unwrap_or(u8::MAX);
+            mbuf.request_tx_checksum(link, if ipv6 { 40 } else { 20 }, ipv6);
         }
         self.push(mbuf);
         true
@@ -426,16 +504,15 @@ impl Link {
         sent
     }
 
-    /// Sends the ARP packets that are due.
+    /// Sends what is due to neighbours.
     #[inline]
     pub fn poll_neighbours(&mut self, now_ns: u64) {
         let now = Instant::from_nanos(now_ns);
         while self.neighbours.poll_timeout().is_some_and(|due| due <= now) && self.can_send() {
             let Some(mut mbuf) = self.pool.alloc() else { return };
-            let Some(buffer) = mbuf.append(arp::FRAME_BYTES) else { return };
-            if self.neighbours.poll_transmit(now, buffer).is_none() {
-                return;
-            }
+            let Some(buffer) = mbuf.append(neighbour::FRAME_BYTES) else { return };
+            let Some(bytes) = self.neighbours.poll_transmit(now, buffer) else { return };
+            mbuf.trim_back(neighbour::FRAME_BYTES - bytes);
             self.push(mbuf);
         }
     }

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant as Clock};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use protocol::chunk::BadHeader;
+use protocol::frame::Outgoing;
+use protocol::wire::Ecn;
 use protocol::wire::message::{self, Data, MAX_CONTROL_BYTES, Message, PullRange, Run};
 use protocol::{
     Accepted, ChunkInfo, ChunkLayout, ChunkShape, Event, FetchConfig, FetchEngine, FetchId, HardwareChecks,
@@ -166,12 +168,26 @@ fn idle(criterion: &mut Criterion) {
 }
 
 fn frames(criterion: &mut Criterion) {
-    let ours = Local { mac: [2; 6], ip: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), first_port: 4791, ports: 1 };
-    let theirs = Local { mac: [4; 6], ip: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2)), first_port: 9, ports: 1 };
+    let ours = Local {
+        mac: [2; 6],
+        ip: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)),
+        first_port: 4791,
+        ports: 1,
+        vlan: None,
+    };
+    let theirs = Local {
+        mac: [4; 6],
+        ip: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2)),
+        first_port: 9,
+        ports: 1,
+        vlan: None,
+    };
     let to = Peer { mac: ours.mac, ip: ours.ip, port: 4791 };
     let payload = message::DATA_HEADER_BYTES + usize::from(SEGMENT_BYTES);
     let mut bytes: Vec<u8> = (0..=u8::MAX).cycle().take(frame::IPV4_HEADER_BYTES + payload).collect();
-    frame::emit_udp(&mut bytes, &theirs, 9, &to, payload, TxChecksum::Software).expect("fits");
+    let (checksum, ecn) = (TxChecksum::Software, Ecn::Ect0);
+    let datagram = Outgoing { source_port: 9, to, payload_bytes: payload, attached: &[], checksum, ecn };
+    frame::emit_udp(&mut bytes, &theirs, &datagram).expect("fits");
     let mut group = criterion.benchmark_group("frame");
     group.throughput(Throughput::Elements(1));
     for (name, good) in [("software checksums", false), ("hardware checksums", true)] {
@@ -181,8 +197,7 @@ fn frames(criterion: &mut Criterion) {
         });
     }
     group.bench_function(format!("emit {} bytes, software checksums", bytes.len()), |bencher| {
-        bencher
-            .iter(|| frame::emit_udp(black_box(&mut bytes), &theirs, 9, &to, payload, TxChecksum::Software));
+        bencher.iter(|| frame::emit_udp(black_box(&mut bytes), &theirs, black_box(&datagram)));
     });
     group.finish();
     criterion.bench_function("twin/checksum of 1464 bytes, 16 bits at a time", |bencher| {

@@ -7,7 +7,7 @@
 //!
 //! - [`wire`]: one module per packet format, checked once at the edge;
 //! - [`frame`]: an Ethernet frame to a datagram for one of our ports, and back;
-//! - [`neighbour`]: which MAC address a store or gateway has (ARP);
+//! - [`neighbour`]: which MAC address a store or gateway has (ARP, neighbour discovery);
 //! - [`fetch`]: the data plane's engine, which asks for what it wants and pays with credit;
 //! - [`serve`]: the store's engine, which sends what it was asked for, in fair turns, and remembers nothing else;
 //! - [`put`]: the other direction, from a data plane into a store: both ends;

@@ -1,19 +1,23 @@
-//! Which MAC address a next hop has: ARP without I/O, for a handful of stores or a gateway.
+//! Which MAC address a next hop has: ARP and IPv6's neighbour discovery without I/O, for a handful of stores or a gateway.
 //!
-//! IPv6 next hops get their MAC address from the configuration ([`Neighbours::add_static`]): neighbour discovery is not
-//! spoken yet.
+//! Of neighbour discovery (RFC 4861) this is address resolution only, as ARP does it: an entry is asked for again when it is old, by
+//! the same message, and what it was stays in use until there is an answer. Routers are not discovered.
 //!
-//! Call order: [`Neighbours::add`] each next hop, then give every [`Incoming`] ARP packet to
+//! Call order: [`Neighbours::add`] each next hop, then give every [`Incoming`] of a neighbour to
 //! [`Neighbours::handle`], send what [`Neighbours::poll_transmit`] writes, and poll again no later than
 //! [`Neighbours::poll_timeout`].
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::frame::Incoming;
+use crate::frame::{Incoming, Local};
 use crate::time::{Instant, nanos_of};
-use crate::wire::arp::{self, Arp, Operation};
-use crate::wire::ethernet::BROADCAST;
+use crate::wire::arp::{Arp, Operation};
+use crate::wire::ethernet::{self, BROADCAST};
+use crate::wire::icmpv6;
+
+/// Most bytes of a frame that [`Neighbours::poll_transmit`] writes.
+pub const FRAME_BYTES: usize = icmpv6::FRAME_BYTES + ethernet::TAG_BYTES;
 
 /// How many answers to other hosts' requests may wait for transmission; more are dropped, and asked for again.
 const PENDING_ANSWERS: usize = 8;
@@ -48,9 +52,9 @@ pub enum NeighbourError {
     /// The table is full.
     #[error("no room for another next hop; raise the neighbour table's capacity")]
     Full,
-    /// IPv6 needs a static MAC address.
-    #[error("the MAC address of IPv6 next hop {0} must be given: neighbour discovery is not spoken yet")]
-    NeedsStatic(std::net::Ipv6Addr),
+    /// Our own address is of the other IP version.
+    #[error("next hop {0} and our own address are of different IP versions; use one version on a port")]
+    OtherVersion(IpAddr),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,28 +70,26 @@ struct Entry {
 /// The next hops of one port.
 #[derive(Debug)]
 pub struct Neighbours {
-    mac: [u8; 6],
-    ip: IpAddr,
+    local: Local,
     retry_nanos: u64,
     refresh_nanos: u64,
     entries: Vec<Entry>,
     capacity: usize,
-    answers: [([u8; 6], Ipv4Addr); PENDING_ANSWERS],
+    answers: [([u8; 6], IpAddr); PENDING_ANSWERS],
     answers_len: usize,
     next_ask: Instant,
 }
 
 impl Neighbours {
-    /// An empty table for the host with these addresses.
-    pub fn new(mac: [u8; 6], ip: IpAddr, config: &NeighbourConfig) -> Neighbours {
+    /// An empty table for this host.
+    pub fn new(local: Local, config: &NeighbourConfig) -> Neighbours {
         Neighbours {
-            mac,
-            ip,
+            local,
             retry_nanos: nanos_of(config.retry).max(1),
             refresh_nanos: nanos_of(config.refresh).max(1),
             entries: Vec::with_capacity(config.capacity),
             capacity: config.capacity.min(usize::from(u16::MAX)),
-            answers: [([0; 6], Ipv4Addr::UNSPECIFIED); PENDING_ANSWERS],
+            answers: [([0; 6], local.ip); PENDING_ANSWERS],
             answers_len: 0,
             next_ask: Instant::FAR,
         }
@@ -98,8 +100,8 @@ impl Neighbours {
         if let Some(index) = self.position(ip) {
             return Ok(index);
         }
-        if let IpAddr::V6(ip) = ip {
-            return Err(NeighbourError::NeedsStatic(ip));
+        if ip.is_ipv4() != self.local.ip.is_ipv4() {
+            return Err(NeighbourError::OtherVersion(ip));
         }
         let index = self.push(Entry { ip, mac: None, ask_at: now, unanswered: 0 })?;
         self.next_ask = self.next_ask.min(now);
@@ -140,27 +142,27 @@ impl Neighbours {
         Some(self.entries.get(usize::from(index.0))?.ip)
     }
 
-    /// Learns from an ARP packet, and remembers to answer a request. Datagrams teach nothing.
+    /// Learns from a neighbour's packet, and remembers to answer a request. Everything else teaches nothing.
     ///
     /// Only the addresses of next hops that were added are learnt.
     pub fn handle(&mut self, now: Instant, incoming: &Incoming) {
         match *incoming {
-            Incoming::ArpRequest { sender_mac, sender_ip } => {
-                self.learn(now, sender_ip, sender_mac);
+            Incoming::NeighbourRequest { sender_mac, sender_ip } => {
+                self.learn(now, sender_ip, sender_mac, true);
                 if let Some(slot) = self.answers.get_mut(self.answers_len) {
                     *slot = (sender_mac, sender_ip);
                     self.answers_len += 1;
                 }
             }
-            Incoming::ArpReply { sender_mac, sender_ip } => self.learn(now, sender_ip, sender_mac),
-            Incoming::Datagram { .. } => {}
+            Incoming::NeighbourReply { mac, ip, overrides } => self.learn(now, ip, mac, overrides),
+            Incoming::Datagram { .. } | Incoming::PathError(_) => {}
         }
     }
 
-    fn learn(&mut self, now: Instant, ip: Ipv4Addr, mac: [u8; 6]) {
-        let Some(index) = self.position(IpAddr::V4(ip)) else { return };
+    fn learn(&mut self, now: Instant, ip: IpAddr, mac: [u8; 6], overrides: bool) {
+        let Some(index) = self.position(ip) else { return };
         let entry = &mut self.entries[usize::from(index.0)];
-        if entry.ask_at == Instant::FAR {
+        if entry.ask_at == Instant::FAR || (!overrides && entry.mac.is_some_and(|known| known != mac)) {
             return;
         }
         entry.mac = Some(mac);
@@ -169,35 +171,26 @@ impl Neighbours {
         self.next_ask = self.next_ask.min(entry.ask_at);
     }
 
-    /// Writes the next ARP frame that is due, if any, and returns its length. `out` needs
-    /// [`arp::FRAME_BYTES`]; with less, nothing is sent.
+    /// Writes the next frame that is due, if any, and returns its length. `out` needs [`FRAME_BYTES`]; with less, nothing
+    /// is sent.
     pub fn poll_transmit(&mut self, now: Instant, out: &mut [u8]) -> Option<usize> {
-        let IpAddr::V4(own_ip) = self.ip else { return None };
-        if out.len() < arp::FRAME_BYTES {
+        if out.len() < FRAME_BYTES {
             return None;
         }
-        let own = |operation, target_mac, target_ip| Arp {
-            operation,
-            sender_mac: self.mac,
-            sender_ip: own_ip,
-            target_mac,
-            target_ip,
-        };
         if self.answers_len > 0 {
             self.answers_len -= 1;
             let (mac, ip) = self.answers[self.answers_len];
-            return own(Operation::Reply, mac, ip).emit_frame(out, mac);
+            return emit_answer(&self.local, mac, ip, out);
         }
         if now < self.next_ask {
             return None;
         }
-        let retry_nanos = self.retry_nanos;
+        let (local, retry_nanos) = (self.local, self.retry_nanos);
         let due = self.entries.iter_mut().find(|entry| entry.ask_at <= now);
         let sent = due.and_then(|entry| {
-            let IpAddr::V4(target) = entry.ip else { return None };
             entry.ask_at = now.plus_nanos(retry_nanos << entry.unanswered.min(MAX_BACKOFF));
             entry.unanswered += 1;
-            own(Operation::Request, [0; 6], target).emit_frame(out, BROADCAST)
+            emit_request(&local, entry.ip, out)
         });
         self.next_ask = self.entries.iter().map(|entry| entry.ask_at).min().unwrap_or(Instant::FAR);
         sent
@@ -209,5 +202,34 @@ impl Neighbours {
             return Some(Instant::ZERO);
         }
         (self.next_ask != Instant::FAR).then_some(self.next_ask)
+    }
+}
+
+fn emit_request(local: &Local, target: IpAddr, out: &mut [u8]) -> Option<usize> {
+    let (sender_mac, vlan) = (local.mac, local.vlan);
+    match (local.ip, target) {
+        (IpAddr::V4(sender_ip), IpAddr::V4(target_ip)) => {
+            let (operation, target_mac) = (Operation::Request, [0; 6]);
+            Arp { operation, sender_mac, sender_ip, target_mac, target_ip }.emit_frame(out, BROADCAST, vlan)
+        }
+        (IpAddr::V6(ip), IpAddr::V6(target)) => {
+            icmpv6::emit_solicitation(out, &icmpv6::Sender { mac: sender_mac, ip, vlan }, target)
+        }
+        _ => None,
+    }
+}
+
+fn emit_answer(local: &Local, target_mac: [u8; 6], target: IpAddr, out: &mut [u8]) -> Option<usize> {
+    let (sender_mac, vlan) = (local.mac, local.vlan);
+    match (local.ip, target) {
+        (IpAddr::V4(sender_ip), IpAddr::V4(target_ip)) => {
+            let operation = Operation::Reply;
+            Arp { operation, sender_mac, sender_ip, target_mac, target_ip }.emit_frame(out, target_mac, vlan)
+        }
+        (IpAddr::V6(ip), IpAddr::V6(target)) => {
+            let sender = icmpv6::Sender { mac: sender_mac, ip, vlan };
+            icmpv6::emit_advertisement(out, &sender, (target_mac, target))
+        }
+        _ => None,
     }
 }

@@ -31,6 +31,8 @@ drop_reasons! {
     ForeignEthertype = "foreign_ethertype",
     /// Addressed to another MAC address.
     ForeignMac = "foreign_mac",
+    /// Of another VLAN than ours, or of one although we have none.
+    ForeignVlan = "foreign_vlan",
     /// An ARP packet that is not Ethernet/IPv4, or has an unknown operation or a multicast sender.
     BadArp = "bad_arp",
     /// IP version field contradicts the ethertype.
@@ -47,6 +49,10 @@ drop_reasons! {
     ForeignProtocol = "foreign_protocol",
     /// Addressed to another IP address, or from an address no host can have.
     ForeignIp = "foreign_ip",
+    /// ICMP with a wrong checksum or length, or neighbour discovery that RFC 4861 (section 7.1) says to discard.
+    BadIcmp = "bad_icmp",
+    /// ICMP of a kind that is not understood, or about a packet that we did not send.
+    ForeignIcmp = "foreign_icmp",
     /// UDP length field differs from what IP carries.
     BadUdpLength = "bad_udp_length",
     /// UDP checksum does not match, or is absent over IPv6.

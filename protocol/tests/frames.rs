@@ -4,7 +4,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;
-use protocol::frame::{self, EmitError};
+use protocol::frame::{self, EmitError, Outgoing};
+use protocol::wire::Ecn;
 use protocol::wire::arp::{Arp, Operation};
 use protocol::wire::message::{self, Data, ErrorCode, Message, Probe, PullRange, Refusal, Run, Subject};
 use protocol::{ChunkInfo, DropReason, HardwareChecks, Incoming, Key, Local, Peer, TxChecksum};
@@ -22,11 +23,11 @@ fn address(v6: bool, last: u8) -> IpAddr {
 }
 
 fn local(v6: bool) -> Local {
-    Local { mac: OUR_MAC, ip: address(v6, 1), first_port: PORT, ports: 4 }
+    Local { mac: OUR_MAC, ip: address(v6, 1), first_port: PORT, ports: 4, vlan: None }
 }
 
 fn remote(v6: bool) -> Local {
-    Local { mac: THEIR_MAC, ip: address(v6, 2), first_port: 9000, ports: 1 }
+    Local { mac: THEIR_MAC, ip: address(v6, 2), first_port: 9000, ports: 1, vlan: None }
 }
 
 /// A frame from `remote` to `local`.
@@ -35,9 +36,13 @@ fn frame_with(v6: bool, port: u16, payload: &[u8], checksum: TxChecksum) -> Vec<
     let headers = frame::header_bytes(&to.ip);
     let mut buf = vec![0xee; headers];
     buf.extend_from_slice(payload);
-    let len = frame::emit_udp(&mut buf, &remote(v6), 9000, &to, payload.len(), checksum).unwrap();
+    let len = frame::emit_udp(&mut buf, &remote(v6), &outgoing(to, payload.len(), checksum)).unwrap();
     assert_eq!(len, buf.len());
     buf
+}
+
+fn outgoing(to: Peer, payload_bytes: usize, checksum: TxChecksum) -> Outgoing<'static> {
+    Outgoing { source_port: 9000, to, payload_bytes, attached: &[], checksum, ecn: Ecn::NotCapable }
 }
 
 fn ones_sum(bytes: &[u8]) -> u32 {
@@ -55,7 +60,12 @@ fn slow_datagram(frame: &[u8], local: &Local) -> Option<(usize, usize)> {
     if frame.get(0..6)? != local.mac {
         return None;
     }
-    let ip = if word(12)? == 0x8100 { 18 } else { 14 };
+    let is_tagged = word(12)? == 0x8100;
+    let vlan = is_tagged.then_some((word(14)? & 0xfff) as u16).filter(|vlan| *vlan != 0);
+    if vlan != local.vlan {
+        return None;
+    }
+    let ip = if is_tagged { 18 } else { 14 };
     let (udp, end, pseudo) = match word(ip - 2)? {
         0x0800 => {
             let header = frame.get(ip..ip + 20)?;
@@ -115,7 +125,7 @@ fn agrees(frame: &[u8], local: &Local) -> Result<(), TestCaseError> {
     let slow = slow_datagram(frame, local);
     match fast {
         Ok(Incoming::Datagram { payload, .. }) => prop_assert_eq!(slow, Some((payload.start, payload.end))),
-        Ok(Incoming::ArpRequest { .. } | Incoming::ArpReply { .. }) | Err(_) => prop_assert_eq!(slow, None),
+        Ok(_) | Err(_) => prop_assert_eq!(slow, None),
     }
     Ok(())
 }
@@ -134,7 +144,8 @@ proptest! {
     #[test]
     fn damaged_frames_parse_as_the_slow_twin_says(
         v6 in any::<bool>(),
-        tagged in any::<bool>(),
+        (tagged, vlan) in (any::<bool>(), prop_oneof![Just(None), Just(Some(7)), Just(Some(8))]),
+        is_priority in any::<bool>(),
         payload in proptest::collection::vec(any::<u8>(), 0..100),
         checksum in prop_oneof![Just(TxChecksum::Software), Just(TxChecksum::Absent)],
         edits in proptest::collection::vec((0_usize..90, any::<u8>()), 0..3),
@@ -145,7 +156,7 @@ proptest! {
         let checksum = if v6 { TxChecksum::Software } else { checksum };
         let mut bytes = frame_with(v6, PORT + 3, &payload, checksum);
         if tagged {
-            bytes.splice(12..12, [0x81, 0x00, 0x20, 0x07]);
+            bytes.splice(12..12, [0x81, 0x00, 0x20, if is_priority { 0 } else { 7 }]);
         }
         for (at, value) in edits {
             if let Some(byte) = bytes.get_mut(at) {
@@ -163,7 +174,62 @@ proptest! {
         if let Some(cut) = cut {
             bytes.truncate(cut);
         }
-        agrees(&bytes, &local(v6))?;
+        agrees(&bytes, &Local { vlan, ..local(v6) })?;
+    }
+
+    /// Cut into buffers of any sizes, a frame is what it is in one.
+    #[test]
+    fn chains_parse_as_whole_frames(
+        v6 in any::<bool>(),
+        payload in proptest::collection::vec(any::<u8>(), 0..3000),
+        (edit, value) in (0_usize..3000, any::<u8>()),
+        cuts in proptest::collection::vec(62_usize..3000, 0..5),
+        padding in 0_usize..20,
+    ) {
+        let mut bytes = frame_with(v6, PORT, &payload, TxChecksum::Software);
+        if let Some(byte) = bytes.get_mut(edit) {
+            *byte = value;
+        }
+        bytes.resize(bytes.len() + padding, 0xaa);
+        let mut ends: Vec<usize> = cuts.into_iter().filter(|cut| *cut < bytes.len()).chain([bytes.len()]).collect();
+        ends.sort_unstable();
+        let mut begin = 0;
+        let parts: Vec<&[u8]> = ends.into_iter().map(|end| &bytes[std::mem::replace(&mut begin, end)..end]).collect();
+        let local = local(v6);
+        let hardware = HardwareChecks::default();
+        let whole = frame::parse(&bytes, &local, hardware);
+        let chain = frame::parse_chain(parts[0], parts[1..].iter().copied(), bytes.len(), &local, hardware);
+        prop_assert_eq!(chain, whole);
+    }
+
+    /// What is attached is as if it stood in the buffer; tags and marks come back.
+    #[test]
+    fn attached_payloads_and_tags_come_back(
+        v6 in any::<bool>(), vlan in proptest::option::of(1_u16..4095), cut in 0_usize..1000,
+        payload in proptest::collection::vec(any::<u8>(), 1000),
+        ecn in prop_oneof![Just(Ecn::NotCapable), Just(Ecn::Ect0), Just(Ecn::Ect1), Just(Ecn::CongestionExperienced)],
+    ) {
+        let to = Peer { mac: OUR_MAC, ip: address(v6, 1), port: PORT };
+        let sender = Local { vlan, ..remote(v6) };
+        let headers = sender.header_bytes();
+        let mut whole = vec![0; headers];
+        whole.extend_from_slice(&payload);
+        let mut cut_off = whole[..headers + cut].to_vec();
+        let datagram = Outgoing { ecn, ..outgoing(to, 1000, TxChecksum::Software) };
+        prop_assert_eq!(frame::emit_udp(&mut whole, &sender, &datagram), Ok(headers + 1000));
+        let attached = Outgoing { attached: &payload[cut..], ..datagram };
+        prop_assert_eq!(frame::emit_udp(&mut cut_off, &sender, &attached), Ok(headers + 1000));
+        prop_assert_eq!(&[&cut_off[..], &payload[cut..]].concat(), &whole);
+        let ours = Local { vlan, ..local(v6) };
+        match frame::parse(&whole, &ours, HardwareChecks::default()) {
+            Ok(Incoming::Datagram { marked, payload: range, .. }) => {
+                prop_assert_eq!(marked, ecn == Ecn::CongestionExperienced);
+                prop_assert_eq!(range, headers..headers + 1000);
+            }
+            other => prop_assert!(false, "{other:?}"),
+        }
+        let elsewhere = Local { vlan: if vlan == Some(9) { None } else { Some(9) }, ..ours };
+        prop_assert_eq!(frame::parse(&whole, &elsewhere, HardwareChecks::default()), Err(DropReason::ForeignVlan));
     }
 
     #[test]
@@ -171,7 +237,7 @@ proptest! {
         let bytes = frame_with(v6, PORT + port, &payload, TxChecksum::Software);
         agrees(&bytes, &local(v6))?;
         let incoming = frame::parse(&bytes, &local(v6), HardwareChecks::default()).unwrap();
-        let Incoming::Datagram { from, to_port, payload: range } = incoming else { panic!("a datagram") };
+        let Incoming::Datagram { from, to_port, payload: range, .. } = incoming else { panic!("a datagram") };
         prop_assert_eq!(from, Peer { mac: THEIR_MAC, ip: address(v6, 2), port: 9000 });
         prop_assert_eq!(to_port, PORT + port);
         prop_assert_eq!(&bytes[range], &payload[..]);
@@ -238,7 +304,7 @@ fn every_bit_flip_is_dropped_or_harmless() {
     for (v6, payload) in [false, true].into_iter().flat_map(|v6| payloads.map(|payload| (v6, payload))) {
         let good = frame_with(v6, PORT, payload, TxChecksum::Software);
         let intact = frame::parse(&good, &local(v6), HardwareChecks::default()).unwrap();
-        let Incoming::Datagram { from, to_port, payload: range } = intact else { panic!("a datagram") };
+        let Incoming::Datagram { from, to_port, payload: range, .. } = intact else { panic!("a datagram") };
         for bit in 0..good.len() * 8 {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -246,7 +312,7 @@ fn every_bit_flip_is_dropped_or_harmless() {
             let unprotected_v6 = v6 && (matches!(bit / 8, 15..=17 | 21) || (bit / 8 == 14 && bit % 8 < 4));
             match frame::parse(&bad, &local(v6), HardwareChecks::default()) {
                 Err(_) => assert!(!(6..12).contains(&(bit / 8)), "the source MAC address is not checked"),
-                Ok(Incoming::Datagram { from: flipped, to_port: port, payload: place }) => {
+                Ok(Incoming::Datagram { from: flipped, to_port: port, payload: place, .. }) => {
                     assert_eq!((port, &bad[place]), (to_port, payload), "bit {bit}");
                     assert_eq!((flipped.ip, flipped.port), (from.ip, from.port), "bit {bit}");
                     let checksum = range.start - 2..range.start;
@@ -304,6 +370,10 @@ fn each_defect_has_its_reason() {
         (good6[..60].to_vec(), R::BadIpLength),
         (edited(&good6, 20, 44), R::Fragment),
         (edited(&good6, 20, 0), R::ForeignProtocol),
+        (edited(&good6, 20, 58), R::BadIcmp),
+        (fixed(23, 1), R::BadIcmp),
+        ([&good[..12], &[0x81, 0, 0, 5], &good[12..]].concat(), R::ForeignVlan),
+        ([&good[..12], &[0x81, 0], &good[12..13]].concat(), R::Truncated),
         (edited(&good6, 14, 0x40), R::BadIpVersion),
         (edited(&good6, 53, 9), R::ForeignIp),
         (edited(&good6, 22, 0xff), R::ForeignIp),
@@ -345,7 +415,7 @@ fn frames_that_cannot_be_are_refused() {
     let to6 = Peer { ip: address(true, 1), ..to };
     let mut buf = [0; 2000];
     let mut emit = |len: usize, v6, to: &Peer, bytes, checksum| {
-        frame::emit_udp(&mut buf[..len], &remote(v6), 9000, to, bytes, checksum)
+        frame::emit_udp(&mut buf[..len], &remote(v6), &outgoing(*to, bytes, checksum))
     };
     assert_eq!(emit(100, false, &to, 59, TxChecksum::Software), Err(EmitError::ShortBuffer));
     assert_eq!(emit(101, false, &to, 59, TxChecksum::Software), Ok(101));
@@ -368,12 +438,16 @@ fn arp_round_trips_and_foreign_arp_is_dropped() {
         let arp =
             Arp { operation, sender_mac: THEIR_MAC, sender_ip: theirs, target_mac: OUR_MAC, target_ip: ours };
         let mut out = [0xee; 60];
-        assert_eq!(arp.emit_frame(&mut out, OUR_MAC), Some(60));
-        assert_eq!(arp.emit_frame(&mut out[..59], OUR_MAC), None);
+        assert_eq!(arp.emit_frame(&mut out, OUR_MAC, None), Some(60));
+        assert_eq!(arp.emit_frame(&mut out[..59], OUR_MAC, None), None);
         let incoming = frame::parse(&out, &local(false), HardwareChecks::default()).unwrap();
         let expected = match operation {
-            Operation::Request => Incoming::ArpRequest { sender_mac: THEIR_MAC, sender_ip: theirs },
-            Operation::Reply => Incoming::ArpReply { sender_mac: THEIR_MAC, sender_ip: theirs },
+            Operation::Request => {
+                Incoming::NeighbourRequest { sender_mac: THEIR_MAC, sender_ip: theirs.into() }
+            }
+            Operation::Reply => {
+                Incoming::NeighbourReply { mac: THEIR_MAC, ip: theirs.into(), overrides: true }
+            }
         };
         assert_eq!(incoming, expected);
         let parse = |bytes: &[u8]| frame::parse(bytes, &local(false), HardwareChecks::default());

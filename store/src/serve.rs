@@ -79,7 +79,15 @@ impl ServeStage {
                     counts.segments.add(1);
                     counts.payload_bytes.add(bytes.len() as u64);
                 }
-                return Some(Outgoing { from_port: *udp_port, to: transmit.to, payload_bytes, covered });
+                return Some(Outgoing {
+                    from_port: *udp_port,
+                    to: transmit.to,
+                    payload_bytes,
+                    tail: None,
+                    // A data plane asks for less when DATA arrives marked.
+                    marks_answered: covered,
+                    covered,
+                });
             }
         };
         let mut sent = 0;

@@ -63,7 +63,8 @@ fn dropped(counters: &Value, reason: DropReason) -> u64 {
 /// Packets of which it is counted what became of them.
 pub(crate) fn accounted(counters: &Value) -> u64 {
     let drops: u64 = DropReason::ALL.iter().map(|&reason| dropped(counters, reason)).sum();
-    let taken = ["rx_arp", "segments_accepted", "control_accepted"].map(|name| count(counters, name));
+    let taken = ["rx_neighbour", "rx_icmp", "segments_accepted", "control_accepted"]
+        .map(|name| count(counters, name));
     drops + taken.iter().sum::<u64>()
 }
 
@@ -79,7 +80,8 @@ pub(crate) fn check_counters(name: &str, before: &Value, after: &Value, sums: &S
         let (least, most) = sums.bounds(fate);
         assert!((least..=most).contains(&got), "{name}: {got} {what}, expected {least} to {most}: {new:#}");
     };
-    check("ARP", Fates::ARP, more("rx_arp"));
+    check("neighbours", Fates::NEIGHBOUR, more("rx_neighbour"));
+    check("errors", Fates::ICMP, more("rx_icmp"));
     check("segments accepted", Fates::SEGMENT, more("segments_accepted"));
     check("control accepted", Fates::CONTROL, more("control_accepted"));
     for &reason in DropReason::ALL {

@@ -4,7 +4,7 @@
 use protocol::reason::DropReason::{self, *};
 use protocol::wire::message::{self, MessageType};
 
-use super::frames::{HEADERS, seal, seal_ip, tagged, with_payload};
+use super::frames::{self, HEADERS, seal, seal_ip, tagged, with_payload};
 use super::random::Random;
 
 /// A forged packet, and why it must be dropped; `None` if that depends on what is under way.
@@ -57,6 +57,29 @@ fn ipv6(random: &mut Random, frame: &[u8], next_header: u8) -> Vec<u8> {
     bytes.extend((0..31).map(|_| random.byte()));
     bytes.extend_from_slice(payload);
     bytes
+}
+
+/// An ICMP message of this type and code from the network of `frame`.
+fn icmp(frame: &[u8], kind: [u8; 2], rest: &[u8]) -> Vec<u8> {
+    let mut message = [&kind[..], &[0, 0], &[0; 4], rest].concat();
+    let sum = frames::checksum(&[&message]);
+    message[2..4].copy_from_slice(&sum);
+    let mut bytes = [&frame[..HEADERS - 8], &message].concat();
+    let total = u16::try_from(bytes.len() - 14).unwrap().to_be_bytes();
+    bytes[16..18].copy_from_slice(&total);
+    bytes[23] = 1;
+    seal_ip(&mut bytes);
+    bytes
+}
+
+/// The beginning of a packet of the data plane, as an error about it would quote it: that to which `frame` is the answer.
+fn quote_of(frame: &[u8]) -> Vec<u8> {
+    let mut quote = frame[14..HEADERS].to_vec();
+    quote[12..16].copy_from_slice(&frame[30..34]);
+    quote[16..20].copy_from_slice(&frame[26..30]);
+    quote[20..22].copy_from_slice(&frame[36..38]);
+    quote[22..24].copy_from_slice(&frame[34..36]);
+    quote
 }
 
 fn arp(frame: &[u8], operation: u8, sender_mac: [u8; 6], target_ip: [u8; 4]) -> Vec<u8> {
@@ -112,9 +135,44 @@ pub(crate) const FORGERIES: &[(&str, Forge)] = &[
     }),
     ("unknown source port", |random, frame| (patched(frame, 34, &[0x11, random.byte()]), Some(UnknownPeer))),
     ("other ethertype", |random, frame| (raw(frame, 12, &[0x88, random.byte()]), Some(ForeignEthertype))),
-    ("two VLAN tags", |_, frame| (tagged(&tagged(frame)), Some(ForeignEthertype))),
-    ("cut in its VLAN tag", |_, frame| (tagged(frame)[..16].to_vec(), Some(Truncated))),
-    ("ICMP", |_, frame| (ip(frame, 23, &[1]), Some(ForeignProtocol))),
+    ("two VLAN tags", |_, frame| (tagged(&tagged(frame, 0), 0), Some(ForeignEthertype))),
+    ("cut in its VLAN tag", |_, frame| (tagged(frame, 0)[..16].to_vec(), Some(Truncated))),
+    ("another VLAN", |random, frame| {
+        let vlan = u8::try_from(random.below(255) + 1).unwrap();
+        (tagged(frame, vlan), Some(ForeignVlan))
+    }),
+    ("ICMP that is none", |_, frame| (ip(frame, 23, &[1]), Some(BadIcmp))),
+    ("ping", |_, frame| (icmp(frame, [8, 0], b"are you there?"), Some(ForeignIcmp))),
+    ("error about nothing", |_, frame| (icmp(frame, [3, 3], &[]), Some(BadIcmp))),
+    ("error about a packet of somebody else", |random, frame| {
+        let mut quote = quote_of(frame);
+        quote[12 + random.below(4)] ^= random.change();
+        (icmp(frame, [3, 3], &quote), Some(ForeignIcmp))
+    }),
+    ("error about a port that is not ours", |random, frame| {
+        let mut quote = quote_of(frame);
+        quote[20] ^= random.change();
+        (icmp(frame, [3, 3], &quote), Some(ForeignIcmp))
+    }),
+    ("error about TCP", |_, frame| {
+        let mut quote = quote_of(frame);
+        quote[9] = 6;
+        (icmp(frame, [3, 1], &quote), Some(ForeignIcmp))
+    }),
+    ("error with a short quote", |random, frame| {
+        (icmp(frame, [3, 4], &quote_of(frame)[..random.below(24)]), Some(BadIcmp))
+    }),
+    ("error about a packet to another store", |random, frame| {
+        let mut quote = quote_of(frame);
+        quote[19] = random.byte() | 0x80;
+        (icmp(frame, [3, *random.pick(&[0, 1, 3, 4, 13])], &quote), None)
+    }),
+    ("a tiny MTU", |_, frame| (icmp(frame, [3, 4], &quote_of(frame)), None)),
+    ("neighbour discovery", |random, frame| {
+        let mut bytes = ipv6(random, frame, 58);
+        bytes[..6].copy_from_slice(&[0x33, 0x33, 0xff, 98, 0, 2]);
+        (bytes, Some(ForeignMac))
+    }),
     ("TCP", |_, frame| (ip(frame, 23, &[6]), Some(ForeignProtocol))),
     ("IPv6", |random, frame| (ipv6(random, frame, 17), Some(ForeignIp))),
     ("IPv6 with options", |random, frame| (ipv6(random, frame, 0), Some(ForeignProtocol))),

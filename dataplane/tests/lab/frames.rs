@@ -1,6 +1,7 @@
 //! Packets as bytes.
 
-use protocol::frame::{Local, Peer, TxChecksum, emit_udp};
+use protocol::frame::{Local, Outgoing, Peer, TxChecksum, emit_udp};
+use protocol::wire::Ecn;
 
 /// Bytes before a UDP payload.
 pub(crate) const HEADERS: usize = 42;
@@ -25,13 +26,16 @@ impl From<Vec<u8>> for Frame {
 pub(crate) fn datagram(from: &Local, to: &Peer, payload: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0; HEADERS];
     bytes.extend_from_slice(payload);
-    let written = emit_udp(&mut bytes, from, from.first_port, to, payload.len(), TxChecksum::Software);
+    let (source_port, payload_bytes) = (from.first_port, payload.len());
+    let (checksum, ecn) = (TxChecksum::Software, Ecn::Ect0);
+    let datagram = Outgoing { source_port, to: *to, payload_bytes, attached: &[], checksum, ecn };
+    let written = emit_udp(&mut bytes, from, &datagram);
     assert_eq!(written, Ok(bytes.len()));
     bytes
 }
 
 /// The Internet checksum, word by word.
-fn checksum(parts: &[&[u8]]) -> [u8; 2] {
+pub(crate) fn checksum(parts: &[&[u8]]) -> [u8; 2] {
     let words = parts
         .iter()
         .flat_map(|part| part.chunks(2))
@@ -63,9 +67,9 @@ pub(crate) fn seal(frame: &mut [u8]) {
     frame[UDP + 6..UDP + 8].copy_from_slice(&sum);
 }
 
-/// The packet with an 802.1Q tag.
-pub(crate) fn tagged(frame: &[u8]) -> Vec<u8> {
-    [&frame[..12], &[0x81, 0, 0x20, 7], &frame[12..]].concat()
+/// The packet with an 802.1Q tag of priority 1 in a VLAN; 0 is none.
+pub(crate) fn tagged(frame: &[u8], vlan: u8) -> Vec<u8> {
+    [&frame[..12], &[0x81, 0, 0x20, vlan], &frame[12..]].concat()
 }
 
 /// The packet with another payload.

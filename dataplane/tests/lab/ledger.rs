@@ -18,7 +18,8 @@ use super::frames::Frame;
 pub(crate) struct Fates(u64);
 
 impl Fates {
-    pub(crate) const ARP: Self = Self(1 << DropReason::COUNT);
+    pub(crate) const NEIGHBOUR: Self = Self(1 << DropReason::COUNT);
+    pub(crate) const ICMP: Self = Self(1 << (DropReason::COUNT + 3));
     pub(crate) const SEGMENT: Self = Self(1 << (DropReason::COUNT + 1));
     pub(crate) const CONTROL: Self = Self(1 << (DropReason::COUNT + 2));
 
@@ -187,7 +188,10 @@ impl Ledger {
         let (from, payload) = match frame::parse(&frame.bytes, &self.plane, HardwareChecks::default()) {
             Err(reason) => return Fates::dropped(reason),
             Ok(Incoming::Datagram { from, payload, .. }) => (from, payload),
-            Ok(Incoming::ArpRequest { .. } | Incoming::ArpReply { .. }) => return Fates::ARP,
+            Ok(Incoming::NeighbourRequest { .. } | Incoming::NeighbourReply { .. }) => {
+                return Fates::NEIGHBOUR;
+            }
+            Ok(Incoming::PathError(_)) => return Fates::ICMP,
         };
         self.sums.datagrams += 1;
         if (from.ip, from.port) != self.store {

@@ -38,7 +38,7 @@ impl Lab {
             frame.bytes.resize(padded, random.byte());
         }
         if random.chance(rates.vlan) {
-            frame.bytes = frames::tagged(&frame.bytes);
+            frame.bytes = frames::tagged(&frame.bytes, 0);
             frame.split = frame.split.map(|at| at.max(1));
         }
         self.put(&frame, library);
@@ -87,7 +87,7 @@ impl Lab {
             assert_eq!(fates, Fates::dropped(DropReason::Stale), "{name}");
         }
         if *name == "one bit flipped" {
-            assert!(!fates.has(Fates::ARP), "a flip makes no ARP");
+            assert!(!fates.has(Fates::NEIGHBOUR), "a flip makes no ARP");
         }
     }
 

@@ -85,6 +85,7 @@ fn config(device: String, socket: PathBuf) -> dataplane::Config {
         iface: iface::IfaceConfig {
             device,
             address: "10.98.0.2/24".parse().unwrap(),
+            vlan: None,
             udp_port: PLANE_PORT,
             mtu: 1500,
             queues: 1,
@@ -141,9 +142,9 @@ impl Lab {
         let client = Client::connect(&socket, &ClientConfig::new(Namespace::default())).unwrap();
         let region = client.register(Library::decoded_bytes() + GUARD_BYTES).unwrap();
         let ip: IpAddr = "10.98.0.1".parse().unwrap();
-        let local = Local { mac: STORE_MAC, ip, first_port: STORE_PORT, ports: 1 };
+        let local = Local { mac: STORE_MAC, ip, first_port: STORE_PORT, ports: 1, vlan: None };
         let plane = Peer { mac: [0; 6], ip: "10.98.0.2".parse().unwrap(), port: PLANE_PORT };
-        let plane_local = Local { mac: [0; 6], ip: plane.ip, first_port: PLANE_PORT, ports: 1 };
+        let plane_local = Local { mac: [0; 6], ip: plane.ip, first_port: PLANE_PORT, ports: 1, vlan: None };
         let mut lab = Self {
             wire,
             local,
@@ -186,7 +187,7 @@ impl Lab {
         };
         let mac: [u8; 6] = request[6..12].try_into().unwrap();
         self.plane.mac = mac;
-        let plane_local = Local { mac, ip: self.plane.ip, first_port: PLANE_PORT, ports: 1 };
+        let plane_local = Local { mac, ip: self.plane.ip, first_port: PLANE_PORT, ports: 1, vlan: None };
         let store = Peer { mac: STORE_MAC, ip: self.local.ip, port: STORE_PORT };
         self.ledger = Ledger::new(plane_local, store);
         self.ledger.begin(&[]);
@@ -207,7 +208,7 @@ impl Lab {
             target_ip,
         };
         let mut bytes = vec![0; arp::FRAME_BYTES];
-        reply.emit_frame(&mut bytes, self.plane.mac).unwrap();
+        reply.emit_frame(&mut bytes, self.plane.mac, None).unwrap();
         self.put(&bytes.into(), library);
     }
 
@@ -354,19 +355,26 @@ impl Lab {
                 self.ledger.asked(&payload);
             }
             self.wire.flush();
+            // Counters are read one after another: those read before the last packet was accounted for may miss it, the second time
+            // they cannot.
             let stats = self.stats();
-            let counters = &stats["counters"];
-            let is_settled = count(counters, "rx_packets") == self.sent
-                && accounted(counters) == self.sent
-                && count(counters, "tx_packets") == self.received
-                && count(&stats["memory"], "mbufs_in_use") <= 1;
-            if is_settled {
-                // Counters are read one after another: those read before the last packet was accounted for may miss it.
-                return self.stats();
+            if self.is_settled(&stats) {
+                let again = self.stats();
+                if self.is_settled(&again) {
+                    return again;
+                }
             }
             let (sent, received) = (self.sent, self.received);
             assert!(Instant::now() < deadline, "sent {sent}, received {received}: {stats:#}");
         }
+    }
+
+    fn is_settled(&self, stats: &Value) -> bool {
+        let counters = &stats["counters"];
+        count(counters, "rx_packets") == self.sent
+            && accounted(counters) == self.sent
+            && count(counters, "tx_packets") == self.received
+            && count(&stats["memory"], "mbufs_in_use") <= 1
     }
 
     pub(crate) fn stats(&self) -> Value {

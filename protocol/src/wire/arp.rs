@@ -7,7 +7,7 @@ use crate::reason::DropReason;
 
 /// Bytes of an ARP packet.
 pub const PACKET_BYTES: usize = 28;
-/// Bytes of a frame with an ARP packet, padded to Ethernet's minimum.
+/// Bytes of an untagged frame with an ARP packet, padded to Ethernet's minimum.
 pub const FRAME_BYTES: usize = ethernet::MIN_FRAME_BYTES;
 
 /// What an ARP packet wants.
@@ -63,18 +63,19 @@ impl Arp {
         })
     }
 
-    /// Writes a whole frame to `destination`; returns its length, or `None` if `out` is too short.
-    pub fn emit_frame(&self, out: &mut [u8], destination: [u8; 6]) -> Option<usize> {
-        let frame = out.get_mut(..FRAME_BYTES)?;
+    /// Writes a whole frame to `destination`, tagged if there is a VLAN; returns its length, or `None` if `out` is too
+    /// short.
+    pub fn emit_frame(&self, out: &mut [u8], destination: [u8; 6], vlan: Option<u16>) -> Option<usize> {
+        let bytes = FRAME_BYTES - ethernet::HEADER_BYTES + ethernet::header_bytes(vlan);
+        let frame = out.get_mut(..bytes)?;
         frame.fill(0);
-        let (header, packet) = frame.split_first_chunk_mut()?;
-        ethernet::emit(header, destination, self.sender_mac, ethernet::EtherType::Arp);
+        let packet = ethernet::emit(frame, destination, self.sender_mac, vlan, ethernet::EtherType::Arp)?;
         packet[0..6].copy_from_slice(&[0, 1, 0x08, 0x00, 6, 4]);
         packet[6..8].copy_from_slice(&(self.operation as u16).to_be_bytes());
         packet[8..14].copy_from_slice(&self.sender_mac);
         packet[14..18].copy_from_slice(&self.sender_ip.octets());
         packet[18..24].copy_from_slice(&self.target_mac);
         packet[24..28].copy_from_slice(&self.target_ip.octets());
-        Some(FRAME_BYTES)
+        Some(bytes)
     }
 }

@@ -1,4 +1,6 @@
-//! Ethernet II; one 802.1Q tag is skipped on receive, none is sent.
+//! Ethernet II, with or without one 802.1Q tag.
+
+use std::net::Ipv6Addr;
 
 use super::{be16, take};
 use crate::reason::DropReason;
@@ -11,6 +13,8 @@ pub const TAG_BYTES: usize = 4;
 pub const MIN_FRAME_BYTES: usize = 60;
 /// Every station.
 pub const BROADCAST: [u8; 6] = [0xff; 6];
+/// Highest VLAN there is.
+pub const MAX_VLAN: u16 = 4094;
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +37,8 @@ pub struct Ethernet {
     pub destination: [u8; 6],
     /// Source address.
     pub source: [u8; 6],
+    /// The VLAN of the frame's tag; a tag of VLAN 0 is a priority and no VLAN (IEEE 802.1Q section 6.9.1).
+    pub vlan: Option<u16>,
     /// What follows.
     pub ethertype: EtherType,
     /// Bytes of this header, a tag included.
@@ -48,11 +54,13 @@ impl Ethernet {
         }
         let mut header_bytes = HEADER_BYTES;
         let mut number = be16(frame, 12);
+        let mut vlan = None;
         if number == TAG {
             header_bytes += TAG_BYTES;
             if frame.len() < header_bytes {
                 return Err(DropReason::Truncated);
             }
+            vlan = Some(be16(frame, 14) & 0x0fff).filter(|&vlan| vlan != 0);
             number = be16(frame, 16);
         }
         let ethertype = match number {
@@ -61,20 +69,50 @@ impl Ethernet {
             0x86dd => EtherType::Ipv6,
             _ => return Err(DropReason::ForeignEthertype),
         };
-        Ok(Ethernet { destination: take(frame, 0), source: take(frame, 6), ethertype, header_bytes })
+        Ok(Ethernet { destination: take(frame, 0), source: take(frame, 6), vlan, ethertype, header_bytes })
     }
 }
 
-/// Writes an untagged header.
+/// Bytes of the header of a frame in `vlan`, or in none.
 #[inline]
-pub fn emit(out: &mut [u8; HEADER_BYTES], destination: [u8; 6], source: [u8; 6], ethertype: EtherType) {
-    out[0..6].copy_from_slice(&destination);
-    out[6..12].copy_from_slice(&source);
-    out[12..14].copy_from_slice(&(ethertype as u16).to_be_bytes());
+pub const fn header_bytes(vlan: Option<u16>) -> usize {
+    match vlan {
+        Some(_) => HEADER_BYTES + TAG_BYTES,
+        None => HEADER_BYTES,
+    }
+}
+
+/// Writes a header, tagged (priority 0) if there is a VLAN, and returns what follows it; `None` if `out` is too short.
+#[inline]
+pub fn emit(
+    out: &mut [u8],
+    destination: [u8; 6],
+    source: [u8; 6],
+    vlan: Option<u16>,
+    ethertype: EtherType,
+) -> Option<&mut [u8]> {
+    let (addresses, mut rest) = out.split_first_chunk_mut::<12>()?;
+    addresses[0..6].copy_from_slice(&destination);
+    addresses[6..12].copy_from_slice(&source);
+    if let Some(vlan) = vlan {
+        let (tag, behind) = rest.split_first_chunk_mut::<TAG_BYTES>()?;
+        tag[0..2].copy_from_slice(&TAG.to_be_bytes());
+        tag[2..4].copy_from_slice(&vlan.to_be_bytes());
+        rest = behind;
+    }
+    let (number, rest) = rest.split_first_chunk_mut::<2>()?;
+    *number = (ethertype as u16).to_be_bytes();
+    Some(rest)
 }
 
 /// Whether `mac` can be one station's address: neither multicast nor all zero.
 #[inline]
 pub fn is_unicast(mac: [u8; 6]) -> bool {
     mac[0] & 1 == 0 && mac != [0; 6]
+}
+
+/// The MAC address of an IPv6 multicast group (RFC 2464 section 7).
+pub const fn multicast_mac(group: Ipv6Addr) -> [u8; 6] {
+    let [.., a, b, c, d] = group.octets();
+    [0x33, 0x33, a, b, c, d]
 }

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use super::checksum::Sum;
-use super::{be16, take, udp};
+use super::{Ecn, be16, take, udp};
 use crate::reason::DropReason;
 
 /// Bytes of a header without options.
@@ -16,15 +16,23 @@ pub struct Ipv4 {
     pub source: Ipv4Addr,
     /// Destination address.
     pub destination: Ipv4Addr,
+    /// What follows the header: [`udp::PROTOCOL`] or [`super::icmp::PROTOCOL`].
+    pub protocol: u8,
+    /// What the network said of congestion.
+    pub ecn: Ecn,
     /// Header and payload in bytes, at least 20 and at most what the frame holds; behind it is padding.
     pub total_bytes: usize,
 }
 
 impl Ipv4 {
-    /// Reads the header of an IPv4 packet that carries UDP. `checksum_verified` says that the hardware has
-    /// found the header checksum right.
+    /// Reads the header of an IPv4 packet that carries UDP or ICMP. `packet_bytes` is what the frame holds, of which `packet` may be
+    /// only the beginning; `checksum_verified` says that the hardware has found the header checksum right.
     #[inline]
-    pub fn new_checked(packet: &[u8], checksum_verified: bool) -> Result<Ipv4, DropReason> {
+    pub fn new_checked(
+        packet: &[u8],
+        packet_bytes: usize,
+        checksum_verified: bool,
+    ) -> Result<Ipv4, DropReason> {
         if packet.len() < HEADER_BYTES {
             return Err(DropReason::Truncated);
         }
@@ -39,25 +47,26 @@ impl Ipv4 {
             return Err(DropReason::BadIpChecksum);
         }
         let total_bytes = usize::from(be16(&header, 2));
-        if total_bytes < HEADER_BYTES || total_bytes > packet.len() {
+        if total_bytes < HEADER_BYTES || total_bytes > packet_bytes {
             return Err(DropReason::BadIpLength);
         }
         // More-fragments flag or a fragment offset; the don't-fragment flag is the sender's business.
         if be16(&header, 6) & 0x3fff != 0 {
             return Err(DropReason::Fragment);
         }
-        if header[9] != udp::PROTOCOL {
+        if !matches!(header[9], udp::PROTOCOL | super::icmp::PROTOCOL) {
             return Err(DropReason::ForeignProtocol);
         }
         let source = Ipv4Addr::from(take::<4>(&header, 12));
         if source.is_multicast() || source.is_broadcast() || source.is_unspecified() {
             return Err(DropReason::ForeignIp);
         }
-        Ok(Ipv4 { source, destination: Ipv4Addr::from(take::<4>(&header, 16)), total_bytes })
+        let destination = Ipv4Addr::from(take::<4>(&header, 16));
+        Ok(Ipv4 { source, destination, protocol: header[9], ecn: Ecn::from_bits(header[1]), total_bytes })
     }
 }
 
-/// Writes the header of a UDP packet: time to live 64, don't fragment, identification 0 (RFC 6864).
+/// Writes the header of a UDP packet: time to live 64, don't fragment, identification 0 (RFC 6864), DSCP 0.
 /// With `checksum` false the field stays zero for the hardware to fill.
 #[inline]
 pub fn emit(
@@ -65,10 +74,12 @@ pub fn emit(
     source: Ipv4Addr,
     destination: Ipv4Addr,
     total_bytes: u16,
+    ecn: Ecn,
     checksum: bool,
 ) {
     *out = [0; HEADER_BYTES];
     out[0] = 0x45;
+    out[1] = ecn as u8;
     out[2..4].copy_from_slice(&total_bytes.to_be_bytes());
     out[6] = 0x40;
     out[8] = 64;

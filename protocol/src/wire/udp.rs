@@ -36,20 +36,26 @@ pub struct Udp {
 }
 
 impl Udp {
-    /// Reads a datagram, which is exactly the payload of its IP packet.
+    /// Reads a datagram, which is exactly the payload of its IP packet: `datagram`, and behind it what else of it lies in further
+    /// buffers.
     #[inline]
-    pub fn new_checked(datagram: &[u8], check: Check) -> Result<Udp, DropReason> {
+    pub fn new_checked<'a>(
+        datagram: &'a [u8],
+        rest: impl Iterator<Item = &'a [u8]>,
+        datagram_bytes: usize,
+        check: Check,
+    ) -> Result<Udp, DropReason> {
         if datagram.len() < HEADER_BYTES {
             return Err(DropReason::Truncated);
         }
-        if usize::from(be16(datagram, 4)) != datagram.len() {
+        if usize::from(be16(datagram, 4)) != datagram_bytes {
             return Err(DropReason::BadUdpLength);
         }
         let absent = be16(datagram, 6) == 0;
         let right = match check {
             Check::Verified { zero_allowed } | Check::Required { zero_allowed, .. } if absent => zero_allowed,
             Check::Verified { .. } => true,
-            Check::Required { pseudo, .. } => pseudo.with(datagram).checksum() == 0,
+            Check::Required { pseudo, .. } => pseudo.with_parts(datagram, rest).checksum() == 0,
         };
         if !right {
             return Err(DropReason::BadUdpChecksum);
