@@ -16,8 +16,10 @@ use dpdk::{Eal, EalConfig, Port};
 use hugepages::PageChoice;
 use iface::IfaceConfig;
 use protocol::Namespace;
-use store::chunks::{ChunkStore, LoadConfig};
+use protocol::put::AcceptConfig;
+use store::keeper::Keeper;
 use store::kv_file::KvFile;
+use store::load::LoadConfig;
 
 use crate::fetch::Run;
 use crate::flags::STORE_UDP_PORT;
@@ -402,15 +404,17 @@ impl OneProcess {
             iface: iface(store_port, STORE_IP, STORE_UDP_PORT)?,
             first_worker: first_store_worker,
             idle_sleep,
+            accept: AcceptConfig::default(),
         };
-        let chunks = Arc::new(ChunkStore::load(&LoadConfig {
+        let mut keeper = Keeper::load(&LoadConfig {
             files: vec![stage.input.into()],
             namespace: stage.namespace(),
             codec: stage.codec,
             level: compress::DEFAULT_ZSTD_LEVEL,
-            memory_bytes: usize::MAX,
+            memory_bytes: None,
+            pin: false,
             pages: PageChoice::Base,
-        })?);
+        })?;
         let config = dataplane::Config {
             iface: iface(dataplane_port, DATA_PLANE_IP, 4800)?,
             placement: stage.placement.clone(),
@@ -433,7 +437,7 @@ impl OneProcess {
         let stop = Arc::new(AtomicBool::new(false));
         let (store_eal, store_stop) = (Arc::clone(&eal), Arc::clone(&stop));
         let store = std::thread::spawn(move || {
-            store::run(&store_eal, &store_config, chunks, &store_stop)?;
+            store::run(&store_eal, &store_config, &mut keeper, &store_stop)?;
             Ok(())
         });
         let dataplane_stop = Arc::clone(&stop);

@@ -2,20 +2,21 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use compress::{Codec, Compression, PlaneCodec};
 use dpdk::Eal;
-use store::chunks::{ChunkStore, LoadConfig};
+use protocol::put::AcceptConfig;
+use store::keeper::Keeper;
+use store::load::LoadConfig;
 
 use crate::flags::{self, EalFlags, NamespaceFlags, PortFlags, STORE_UDP_PORT};
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
     /// KV caches to load: .safetensors files with `k`, `v` [layers, tokens, kv_heads, head_dim] and `tokens`
-    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    #[arg(long, value_name = "FILE", required_unless_present = "memory_mib", num_args = 1..)]
     load: Vec<PathBuf>,
     /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
     #[arg(long, value_name = "CODEC", default_value = "int4")]
@@ -26,9 +27,21 @@ pub(crate) struct Flags {
     /// zstd level: higher is smaller and slower to encode
     #[arg(long, value_name = "LEVEL", default_value_t = compress::DEFAULT_ZSTD_LEVEL, allow_hyphen_values = true)]
     zstd_level: i32,
-    /// Most memory for encoded chunks, in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 4096)]
-    memory_mib: usize,
+    /// Memory for encoded chunks, loaded and saved, in MiB. Without it, what the loaded ones need, and nothing can be saved
+    #[arg(long, value_name = "MIB")]
+    memory_mib: Option<usize>,
+    /// Never evict the loaded chunks, even for others that are saved
+    #[arg(long)]
+    pin_loaded: bool,
+    /// Largest encoded chunk that can be saved, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    max_chunk_mib: u32,
+    /// Chunks on their way in at once, per queue
+    #[arg(long, value_name = "COUNT", default_value_t = 16)]
+    max_intakes: u16,
+    /// Credit for chunks on their way in: packets asked for and not arrived, per queue
+    #[arg(long, value_name = "PACKETS", default_value_t = 512)]
+    put_window: u32,
     /// CPUs to serve on, one queue each, as in 2-3 or 2+4
     #[arg(long, value_name = "CPUS", default_value = "0")]
     lcores: String,
@@ -56,13 +69,25 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         namespace: flags.namespace.namespace(flags.codec),
         codec: PlaneCodec { compression: flags.compression, ..flags.codec.into() },
         level: flags.zstd_level,
-        memory_bytes: flags.memory_mib << 20,
+        memory_bytes: flags.memory_mib.map(|mib| mib << 20),
+        pin: flags.pin_loaded,
         pages: flags.eal.pages(),
     };
-    let chunks = Arc::new(ChunkStore::load(&load)?);
+    let mut keeper = Keeper::load(&load)?;
     let eal = Eal::start(&flags.eal.config(cpus, &iface.device))?;
-    let config = store::Config { iface, first_worker: 0, idle_sleep: flags.eal.idle_sleep() };
-    let report = store::run(&eal, &config, chunks, &stop)?;
+    let max_chunk_bytes =
+        flags.max_chunk_mib.checked_mul(1 << 20).context("--max-chunk-mib: at most 4095")?;
+    if max_chunk_bytes == 0 || flags.put_window == 0 {
+        bail!("--max-chunk-mib and --put-window must be at least 1");
+    }
+    let accept = AcceptConfig {
+        max_chunk_bytes,
+        max_intakes: flags.max_intakes,
+        window_segments: flags.put_window,
+        ..AcceptConfig::default()
+    };
+    let config = store::Config { iface, first_worker: 0, idle_sleep: flags.eal.idle_sleep(), accept };
+    let report = store::run(&eal, &config, &mut keeper, &stop)?;
     if flags.json {
         println!("{report}");
     }

@@ -13,6 +13,12 @@ impl Counter {
         self.0.store(self.0.load(Relaxed).wrapping_add(n), Relaxed);
     }
 
+    /// Takes over a count that is kept elsewhere. Only the owning lcore may call this, and not after [`Counter::add`].
+    #[inline]
+    pub fn set(&self, count: u64) {
+        self.0.store(count, Relaxed);
+    }
+
     /// The count so far, from any thread.
     #[must_use]
     pub fn get(&self) -> u64 {

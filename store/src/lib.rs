@@ -1,11 +1,19 @@
-//! The storage node: keeps encoded chunks in hugepage memory and serves them over DPDK.
+//! The storage node: keeps encoded chunks in hugepage memory, serves them over DPDK, and takes in what data planes put.
 //!
-//! [`kv_file`] reads KV caches from `.safetensors` files, [`chunks`] encodes and keeps them, and one stage per queue
-//! ([`serve`]) answers what data planes ask for.
+//! [`kv_file`] reads KV caches from `.safetensors` files, and [`load`] encodes them. One stage per queue ([`serve`]) answers what
+//! data planes ask for out of [`chunks`], an index that is read without a lock, and pulls what they put (`intakes.rs`). One
+//! thread, the [`keeper`]'s, changes the index: it finds memory, evicts by `policy.rs`, and checks what was put (`check.rs`)
+//! before it shows it. Lcores and keeper talk through rings (`exchange.rs`).
 #![forbid(unsafe_code)]
 
+mod check;
 pub mod chunks;
+mod exchange;
+pub mod intakes;
+pub mod keeper;
 pub mod kv_file;
+pub mod load;
+mod policy;
 pub mod serve;
 
 use std::sync::Arc;
@@ -15,11 +23,14 @@ use std::time::Duration;
 use dpdk::{Eal, LaunchError};
 use iface::{Clock, IfaceConfig, LcoreControl, LcoreCounters, LinkCounters, OpenError, Stage, lcore};
 use protocol::frame::max_segment_bytes;
+use protocol::put::AcceptConfig;
 use protocol::serve::{ServeConfig, ServeEngine};
 use serde_json::{Value, json};
 use tracing::info;
 
-use crate::chunks::ChunkStore;
+use crate::exchange::{Desk, Exchange};
+use crate::intakes::{Intakes, PutCounts};
+use crate::keeper::Keeper;
 use crate::serve::{ServeCounts, ServeStage};
 
 /// What a store is started with, apart from its chunks.
@@ -31,7 +42,16 @@ pub struct Config {
     pub first_worker: usize,
     /// How long an idle lcore naps; zero never.
     pub idle_sleep: Duration,
+    /// Limits on what is taken in by one queue, if the keeper takes anything; `epoch`, `segment_bytes` and `seed` are set by
+    /// [`run`].
+    pub accept: AcceptConfig,
 }
+
+/// How long the keeper's thread sleeps while chunks are on their way in, and else.
+const BUSY_SLEEP: Duration = Duration::from_micros(50);
+const IDLE_SLEEP: Duration = Duration::from_millis(1);
+/// Looks without work after which it is idle.
+const LOOKS_UNTIL_IDLE: u32 = 200;
 
 /// Why the store ended other than by being told to.
 #[derive(Debug, thiserror::Error)]
@@ -51,68 +71,81 @@ pub enum RunError {
 struct QueueView {
     link: Arc<LinkCounters>,
     counts: Arc<ServeCounts>,
+    put: Arc<PutCounts>,
 }
 
-/// Serves `chunks` until `stop` is set. Returns what was counted.
+/// Serves what `keeper` holds, and takes in more, until `stop` is set. Returns what was counted.
 ///
 /// # Errors
 /// When the port or an lcore cannot be had, or an lcore panics.
-pub fn run(
-    eal: &Eal,
-    config: &Config,
-    chunks: Arc<ChunkStore>,
-    stop: &AtomicBool,
-) -> Result<Value, RunError> {
+pub fn run(eal: &Eal, config: &Config, keeper: &mut Keeper, stop: &AtomicBool) -> Result<Value, RunError> {
     let opened = iface::open(eal, &config.iface, None, &[])?;
     let lcores_stop = Arc::new(AtomicBool::new(false));
     let control =
         LcoreControl { stop: Arc::clone(&lcores_stop), clock: Clock::start(), idle_sleep: config.idle_sleep };
-    let serve_config = ServeConfig {
-        epoch: epoch(),
-        max_segment_bytes: max_segment_bytes(config.iface.mtu, &config.iface.address.ip),
-        ..ServeConfig::default()
-    };
-    let mut queues = Vec::new();
+    let (epoch, segment_bytes) = (epoch(), max_segment_bytes(config.iface.mtu, &config.iface.address.ip));
+    let serve_config = ServeConfig { epoch, max_segment_bytes: segment_bytes, ..ServeConfig::default() };
+    let max_intakes = if keeper.takes_more() { config.accept.max_intakes } else { 0 };
+    // The low half of the time differs from run to run.
+    let seed = u32::try_from(epoch & u64::from(u32::MAX)).unwrap_or(0);
+    let accept_config = AcceptConfig { epoch, segment_bytes, seed, max_intakes, ..config.accept };
+    let (mut queues, mut exchanges) = (Vec::new(), Vec::new());
     let workers = config.first_worker..config.first_worker + opened.links.len();
     for (worker, link) in workers.clone().zip(opened.links) {
-        let counts = Arc::<ServeCounts>::default();
-        queues.push(QueueView { link: Arc::clone(link.counters()), counts: Arc::clone(&counts) });
-        let engine = ServeEngine::new(serve_config);
-        let stage =
-            ServeStage { chunks: Arc::clone(&chunks), link, engine, counts, udp_port: config.iface.udp_port };
+        let (counts, put) = (Arc::<ServeCounts>::default(), Arc::<PutCounts>::default());
+        let exchange = Arc::new(Exchange::new(max_intakes));
+        queues.push(QueueView {
+            link: Arc::clone(link.counters()),
+            counts: Arc::clone(&counts),
+            put: Arc::clone(&put),
+        });
+        exchanges.push(Arc::clone(&exchange));
+        let stage = ServeStage {
+            chunks: Arc::clone(keeper.chunks()),
+            link,
+            engine: ServeEngine::new(serve_config),
+            intakes: Intakes::new(accept_config, exchange, put),
+            counts,
+            udp_port: config.iface.udp_port,
+        };
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(stage)];
         let (control, counters) = (control.clone(), LcoreCounters::default());
         eal.launch(worker, move || lcore::run(&mut stages, &control, &counters))?;
     }
     info!(
-        "ready: {} chunks, {} bytes encoded from {} in {}, {} queues on {} at {} UDP {}",
-        chunks.len(),
-        chunks.encoded_bytes(),
-        chunks.raw_bytes(),
-        chunks.page_size(),
+        "ready: {} chunks, {} bytes encoded from {} in {} bytes of {}, {} queues on {} at {} UDP {}",
+        keeper.len(),
+        keeper.encoded_bytes(),
+        keeper.raw_bytes(),
+        keeper.memory_bytes(),
+        keeper.page_size(),
         queues.len(),
         opened.port.driver(),
         config.iface.address,
         config.iface.udp_port,
     );
+    let mut desk = Desk::new(keeper, exchanges);
+    let mut looks_without_work = 0_u32;
     while !stop.load(Ordering::Relaxed) && workers.clone().all(|worker| eal.is_running(worker)) {
-        std::thread::sleep(Duration::from_millis(20));
+        looks_without_work = if desk.poll() > 0 { 0 } else { looks_without_work.saturating_add(1) };
+        std::thread::sleep(if looks_without_work < LOOKS_UNTIL_IDLE { BUSY_SLEEP } else { IDLE_SLEEP });
     }
     lcores_stop.store(true, Ordering::Relaxed);
     let in_order = workers.map(|worker| eal.wait(worker).is_ok()).fold(true, |all, ended| all & ended);
-    if in_order { Ok(report(&queues)) } else { Err(RunError::Lcore) }
+    if in_order { Ok(report(&queues, keeper)) } else { Err(RunError::Lcore) }
 }
 
-fn report(queues: &[QueueView]) -> Value {
+fn report(queues: &[QueueView], keeper: &Keeper) -> Value {
     let queues = queues.iter().map(|queue| {
         json!({
             "datagrams": queue.counts.datagrams.get(),
             "segments": queue.counts.segments.get(),
             "payload_bytes": queue.counts.payload_bytes.get(),
+            "put": queue.put.to_json(),
             "link": queue.link.to_json(),
         })
     });
-    json!({ "queues": queues.collect::<Vec<_>>() })
+    json!({ "queues": queues.collect::<Vec<_>>(), "chunks": keeper.to_json() })
 }
 
 /// Differs between any two runs.

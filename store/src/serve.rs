@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use iface::{Counter, Link, Outgoing, Stage};
 use protocol::Instant;
+use protocol::put::AcceptEngine;
 use protocol::serve::ServeEngine;
 
-use crate::chunks::ChunkStore;
+use crate::chunks::{Chunk, Chunks};
+use crate::intakes::Intakes;
 
 /// Exact counts of one queue, copied from its engine now and then for other threads to read.
 #[derive(Debug, Default)]
@@ -21,9 +23,10 @@ pub struct ServeCounts {
 
 /// Serves one queue.
 pub(crate) struct ServeStage {
-    pub(crate) chunks: Arc<ChunkStore>,
+    pub(crate) chunks: Arc<Chunks>,
     pub(crate) link: Link,
     pub(crate) engine: ServeEngine,
+    pub(crate) intakes: Intakes,
     pub(crate) counts: Arc<ServeCounts>,
     /// The port that answers come from: the one that data planes know, whatever the queue.
     pub(crate) udp_port: u16,
@@ -33,20 +36,25 @@ impl Stage for ServeStage {
     fn poll(&mut self, now_ns: u64) -> usize {
         let received = self.receive(now_ns);
         self.link.poll_neighbours(now_ns);
-        received + self.transmit(now_ns)
+        let taken_in = self.intakes.poll(Instant::from_nanos(now_ns));
+        received + taken_in + self.transmit(now_ns)
     }
 }
 
 impl ServeStage {
     fn receive(&mut self, now_ns: u64) -> usize {
-        let Self { chunks, link, engine, counts, .. } = self;
+        let Self { chunks, link, engine, intakes, counts, .. } = self;
         let now = Instant::from_nanos(now_ns);
         let link_counters = Arc::clone(link.counters());
         link.receive(now_ns, |datagram| {
             counts.datagrams.add(1);
             let payload = datagram.mbuf.data();
-            let answered = engine.handle_datagram(now, datagram.from, payload, chunks.as_ref());
-            if let Err(reason) = answered {
+            let taken = if AcceptEngine::takes(payload) {
+                intakes.take(now, datagram.from, payload, chunks)
+            } else {
+                engine.handle_datagram(now, datagram.from, payload, chunks.as_ref())
+            };
+            if let Err(reason) = taken {
                 link_counters.dropped.add(reason);
             }
         })
@@ -56,19 +64,28 @@ impl ServeStage {
     /// not fit the burst stays in the engine's queue.
     fn transmit(&mut self, now_ns: u64) -> usize {
         let now = Instant::from_nanos(now_ns);
-        let Self { chunks, link, engine, counts, udp_port } = self;
-        if engine.idle() {
+        let Self { chunks, link, engine, intakes, counts, udp_port } = self;
+        if engine.idle() && !intakes.wants_to_send() {
             link.flush();
             return 0;
         }
+        // Consecutive segments are mostly of one chunk. It is let go below, so that an evicted one is soon free.
+        let mut held: Option<Arc<Chunk>> = None;
         let mut write = |buffer: &mut [u8]| {
+            // What is asked for on behalf of others' saves is small, and goes first.
+            if let Some((to, payload_bytes)) = intakes.poll_transmit(now, buffer) {
+                return Some(Outgoing { from_port: *udp_port, to, payload_bytes, covered: false });
+            }
             loop {
                 let transmit = engine.poll_transmit(now, buffer)?;
                 let mut payload_bytes = transmit.header_bytes;
                 // Chunk headers and planes have checksums of their own, which their receiver checks.
                 let covered = transmit.payload.is_some();
                 if let Some((handle, range)) = transmit.payload {
-                    let Some(bytes) = chunks.bytes(handle).and_then(|chunk| chunk.get(range)) else {
+                    if held.as_ref().is_none_or(|chunk| chunk.info.handle != handle) {
+                        held = chunks.load(handle);
+                    }
+                    let Some(bytes) = held.as_ref().and_then(|chunk| chunk.bytes().get(range)) else {
                         continue;
                     };
                     let Some(room) = buffer.get_mut(payload_bytes..payload_bytes + bytes.len()) else {
