@@ -23,7 +23,9 @@ pub(crate) fn check(bytes: &[u8], key: &Key, header_bytes: u32) -> Result<ChunkI
         | FormatError::Magic(_)
         | FormatError::Version(_)
         | FormatError::Size { .. }
-        | FormatError::HeaderCrc { .. } => Fault::Corrupt(vec![0..u64::from(header_bytes)]),
+        | FormatError::HeaderCrc { .. } => {
+            Fault::Corrupt(std::iter::once(0..u64::from(header_bytes)).collect())
+        }
         _ => Fault::Bad,
     })?;
     let chunk_bytes = bytes.len() as u64;

@@ -34,21 +34,24 @@ pub(crate) enum Answer {
     Checked { intake: Intake, verdict: PutVerdict, damaged: Option<Damaged> },
 }
 
+/// Damaged places that are told apart; the last stands for all that follow, too.
+const WRONG_RANGES: usize = 6;
+
 /// The memory of a chunk that is to be pulled again, and what of it is wrong.
 #[derive(Debug)]
 pub(crate) struct Damaged {
     pub(crate) key: Key,
     pub(crate) block: Block,
     /// In order; the last covers all that there was no room for.
-    pub(crate) wrong: ArrayVec<Range<u64>, 16>,
+    pub(crate) wrong: ArrayVec<Range<u64>, WRONG_RANGES>,
 }
 
 impl Damaged {
     fn new(key: Key, block: Block, found: Vec<Range<u64>>) -> Damaged {
-        let mut wrong: ArrayVec<Range<u64>, 16> = ArrayVec::new();
+        let mut wrong: ArrayVec<Range<u64>, WRONG_RANGES> = ArrayVec::new();
         for range in found {
             if wrong.is_full() {
-                wrong[15].end = range.end;
+                wrong[WRONG_RANGES - 1].end = range.end;
             } else {
                 wrong.push(range);
             }
