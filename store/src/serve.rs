@@ -74,7 +74,14 @@ impl ServeStage {
         let mut write = |buffer: &mut [u8]| {
             // What is asked for on behalf of others' saves is small, and goes first.
             if let Some((to, payload_bytes)) = intakes.poll_transmit(now, buffer) {
-                return Some(Outgoing { from_port: *udp_port, to, payload_bytes, covered: false });
+                return Some(Outgoing {
+                    from_port: *udp_port,
+                    to,
+                    payload_bytes,
+                    tail: None,
+                    marks_answered: false,
+                    covered: false,
+                });
             }
             loop {
                 let transmit = engine.poll_transmit(now, buffer)?;
