@@ -25,6 +25,8 @@ pub(super) struct Ask {
     pub(super) base: u32,
     /// Of the 64 segments from `base`, those under way; none when it is over.
     pub(super) outstanding: u64,
+    /// Whether nothing of it has arrived.
+    pub(super) is_untouched: bool,
     before: Option<AskIndex>,
     behind: Option<AskIndex>,
 }
@@ -67,6 +69,7 @@ impl Asks {
             transfer: TransferIndex(0),
             base: 0,
             outstanding: 0,
+            is_untouched: false,
             before: None,
             behind: None,
         };
@@ -124,6 +127,7 @@ impl Asks {
             transfer,
             base,
             outstanding,
+            is_untouched: true,
             before: list.last,
             behind: None,
         };
@@ -141,6 +145,7 @@ impl Asks {
         let ask = &mut self.table[index.at()];
         assert!(ask.outstanding & mask == mask, "only what is under way is taken");
         ask.outstanding &= !mask;
+        ask.is_untouched = false;
         if ask.outstanding == 0 {
             self.end(list, index);
         }

@@ -149,14 +149,16 @@ impl Link {
         order > self.ends_after
     }
 
-    /// Takes in the round trip of the farthest store, without queues.
+    /// Takes in the round trip of the farthest store, without queues but with jitter.
     pub(super) fn set_base(&mut self, base: u64) {
         self.base = base;
         self.refresh();
     }
 
-    /// Ends a round: the next ends with what is asked for after `last_order`. `congested` says that a queue was seen.
-    pub(super) fn end_round(&mut self, now: Instant, last_order: u64, congested: bool) {
+    /// Ends a round: the next ends with what is asked for after `last_order`. `congested` says that a queue was seen, `full`
+    /// that credit is used up still.
+    pub(super) fn end_round(&mut self, now: Instant, last_order: u64, congested: bool, full: bool) {
+        self.was_full &= full;
         let seen = self.arrived.saturating_add(self.lost).max(1);
         let share = u32::try_from(u64::from(self.lost) * u64::from(ONE) / u64::from(seen)).unwrap_or(ONE);
         self.losses = self.losses - (self.losses >> LOSS_SHIFT) + (share >> LOSS_SHIFT);
@@ -245,13 +247,13 @@ mod tests {
                 link.arrived(1440);
             }
             link.lost(50);
-            link.end_round(Instant::from_nanos(order * 10_000_000), order, false);
+            link.end_round(Instant::from_nanos(order * 10_000_000), order, false, true);
         }
         let share = f64::from(link.cap()) / f64::from(lossless);
         assert!((1.08..1.1).contains(&share), "{share}");
         for order in 100..200 {
             link.lost(50);
-            link.end_round(Instant::from_nanos(order * 10_000_000), order, false);
+            link.end_round(Instant::from_nanos(order * 10_000_000), order, false, true);
         }
         assert_eq!(link.cap(), lossless + lossless / 4);
     }
@@ -264,7 +266,7 @@ mod tests {
                 link.arrived(1440);
             }
             link.set_base(100_000);
-            link.end_round(Instant::from_nanos((round + 1) * 100_000), round, false);
+            link.end_round(Instant::from_nanos((round + 1) * 100_000), round, false, true);
         }
     }
 

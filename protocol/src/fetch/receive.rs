@@ -7,6 +7,7 @@ use crate::wire::message::{self, Data, ErrorCode, Message, Refusal, Subject};
 
 use super::event::{Accepted, StoreIndex, TransferId};
 use super::index::{AskIndex, Index, TransferIndex};
+use super::store::Store;
 use super::tables::TransferState;
 use super::window::Path;
 use super::{FetchEngine, Queued, segments, tag};
@@ -186,7 +187,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     #[cold]
     fn end_link_round(&mut self, now: Instant) {
-        self.link.end_round(now, self.asks.last_order(), self.congested);
+        let full = self.in_flight >= self.link.cap() / 4 * 3;
+        self.link.end_round(now, self.asks.last_order(), self.congested, full);
         self.congested = false;
         self.measure_base();
     }
@@ -194,7 +196,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
     /// Tells the link how far its farthest store is, of those that are asked for something.
     fn measure_base(&mut self) {
         let asked = self.stores.iter().filter(|store| store.chunks > 0 || store.in_flight > 0);
-        if let Some(base) = asked.filter_map(|store| store.rtt.least()).max() {
+        // Jitter keeps segments under way for longer without filling a queue.
+        let usual = |store: &Store| store.rtt.least().map(|least| least + store.window.spread().min(least));
+        if let Some(base) = asked.filter_map(usual).max() {
             self.link.set_base(base);
         }
         let (rate, wire_bytes) = self.link.pace();
@@ -267,10 +271,15 @@ impl<L: ChunkLayout> FetchEngine<L> {
             return Err(DropReason::WrongStore);
         }
         let chunk = transfer.chunk;
+        let now = self.now;
+        self.store(store).heard(now);
         if refusal.code == ErrorCode::Busy {
             self.rest(store, retry_ns, Some(refusal.sequence));
         } else {
             self.refused(chunk, refusal.code);
+        }
+        if refusal.code == ErrorCode::StaleEpoch {
+            self.forget_epochs(store, refusal.epoch);
         }
         Ok(())
     }

@@ -1,8 +1,9 @@
 //! Round-trip time of one store: smoothed, its variation, its least, and the timeouts that follow (RFC 9002 section 5
 //! and 6.2; RFC 6298).
 
-/// The first timeout, before any sample, as a multiple of the least.
-const INITIAL_RTO_FACTOR: u64 = 8;
+/// The first timeout, before any sample, as a multiple of the least. RFC 9002 begins with a third of a second, for the
+/// Internet; here what is repeated in vain is one LOOKUP.
+const INITIAL_RTO_FACTOR: u64 = 2;
 /// How long a least round trip is believed: BBR's filter (draft-ietf-ccwg-bbr, MinRTTFilterLen).
 const LEAST_FOR_NS: u64 = 10_000_000_000;
 /// Least margin of a tail probe over the smoothed round trip: a loop's turn on a busy core. RFC 9002's granularity is
@@ -91,7 +92,7 @@ mod tests {
     #[test]
     fn estimates_as_rfc_6298_says() {
         let mut rtt = Rtt::new(10, 1_000_000);
-        assert_eq!(rtt.rto(0), 80);
+        assert_eq!(rtt.rto(0), 20);
         rtt.sample(0, 8000, 0);
         assert_eq!(rtt.rto(0), 8000 + 4 * 4000);
         rtt.sample(0, 16_000, 0);

@@ -115,7 +115,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Gives up PULLs of a store that are late while something asked for later has arrived.
     fn find_losses(&mut self, now: Instant, store: StoreIndex) {
-        let mut lost = 0;
+        let (mut lost, mut drops) = (0, 0);
         loop {
             let entry = &self.stores[usize::from(store.0)];
             let (Some(oldest), Some(smoothed)) = (entry.asks.oldest(), entry.rtt.smoothed()) else { break };
@@ -126,18 +126,24 @@ impl<L: ChunkLayout> FetchEngine<L> {
                     self.arm(Instant::from_nanos(at));
                     break;
                 }
-                Some(_) => lost += self.give_up(oldest),
+                Some(_) => {
+                    // Of a PULL that brought nothing, one packet was lost: the PULL.
+                    let is_pull = ask.is_untouched;
+                    let segments = self.give_up(oldest);
+                    lost += segments;
+                    drops += if is_pull { 1 } else { segments };
+                }
             }
         }
         if lost > 0 {
             self.stores[usize::from(store.0)].rack.found();
-            self.note_lost(store, lost);
+            self.note_lost(store, lost, drops);
         }
     }
 
-    fn note_lost(&mut self, store: StoreIndex, segments: u32) {
+    fn note_lost(&mut self, store: StoreIndex, segments: u32, drops: u32) {
         self.counters.segments_lost += u64::from(segments);
-        self.stores[usize::from(store.0)].window.lost(segments);
+        self.stores[usize::from(store.0)].window.lost(drops);
         self.link.lost(segments);
     }
 
@@ -156,7 +162,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             while let Some(oldest) = self.stores[usize::from(store.0)].asks.oldest() {
                 lost += self.give_up(oldest);
             }
-            self.note_lost(store, lost);
+            self.note_lost(store, lost, lost);
             self.note_timeout(store);
         }
         let entry = &mut self.stores[usize::from(store.0)];

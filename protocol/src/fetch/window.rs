@@ -26,6 +26,8 @@ const LEAST_LOSSES: u32 = 8;
 const ONE: u32 = 1 << 10;
 /// Weight of a round in the share of marked segments: DCTCP's g (RFC 8257 section 3.3), as a shift.
 const MARK_SHIFT: u32 = 4;
+/// Weight of a round in the spread, as a shift.
+const SPREAD_SHIFT: u32 = 3;
 
 /// Of one store, in segments.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +37,12 @@ pub(super) struct Window {
     ends_after: u64,
     /// Least round trip in this round, nanoseconds; `u64::MAX` before the first.
     least_rtt: u64,
+    /// Sum and number of the round trips in this round.
+    rtt_sum: u64,
+    rtts: u32,
+    /// By how much a usual round trip exceeds the least of its round, smoothed over rounds, nanoseconds: jitter, which is
+    /// no queue.
+    spread: u64,
     arrived: u32,
     marked: u32,
     lost: u32,
@@ -61,6 +69,9 @@ impl Window {
         limit: u32::MAX,
         ends_after: 0,
         least_rtt: u64::MAX,
+        rtt_sum: 0,
+        rtts: 0,
+        spread: 0,
         arrived: 0,
         marked: 0,
         lost: 0,
@@ -89,6 +100,13 @@ impl Window {
     /// Takes in a round trip, queues included.
     pub(super) fn sample(&mut self, rtt: u64) {
         self.least_rtt = self.least_rtt.min(rtt);
+        self.rtt_sum = self.rtt_sum.saturating_add(rtt);
+        self.rtts += 1;
+    }
+
+    /// By how much a usual round trip exceeds the least of its round, nanoseconds.
+    pub(super) fn spread(&self) -> u64 {
+        self.spread
     }
 
     /// Whether the arrival of something asked for by the PULL at `order` ends a round.
@@ -109,6 +127,10 @@ impl Window {
         let (least_rtt, seen) = (self.least_rtt, self.arrived + self.lost);
         let marked = self.marked * ONE / self.arrived.max(1);
         self.marks = self.marks - (self.marks >> MARK_SHIFT) + (marked >> MARK_SHIFT);
+        if self.rtts > 0 {
+            let above = (self.rtt_sum / u64::from(self.rtts)).saturating_sub(least_rtt);
+            self.spread = self.spread - (self.spread >> SPREAD_SHIFT) + (above >> SPREAD_SHIFT);
+        }
         let overflows = self.lost >= LEAST_LOSSES && self.lost > seen / LOSS_TOLERANCE;
         let next = if overflows {
             before - part(before, self.lost * ONE / seen / 2)
@@ -129,6 +151,7 @@ impl Window {
             ends_after: last_order,
             calm: self.calm,
             marks: self.marks,
+            spread: self.spread,
             ..Window::OPEN
         };
         congested
