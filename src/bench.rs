@@ -16,12 +16,18 @@ use protocol::ChunkShape;
 use protocol::key::chain;
 use store::kv_file::KvFile;
 
+use crate::bench_gpu;
 use crate::flags::{EalFlags, NamespaceFlags, PortFlags};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// The data plane's receive path: everything up to whole planes, which are then thrown away
-    Rx(RxFlags),
+    Rx(Box<RxFlags>),
+    /// Copies into GPU memory by the sinks, beside bare copies of the same pieces
+    Gpu(bench_gpu::Flags),
+    /// What `bench gpu` starts to hold the GPU memory
+    #[command(hide = true)]
+    GpuHolder(bench_gpu::HolderFlags),
 }
 
 #[derive(Debug, Args)]
@@ -50,7 +56,11 @@ pub(crate) struct RxFlags {
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    let Command::Rx(flags) = command;
+    let flags = match command {
+        Command::Rx(flags) => flags,
+        Command::Gpu(flags) => return bench_gpu::run(flags),
+        Command::GpuHolder(flags) => return bench_gpu::hold(flags),
+    };
     let file = KvFile::open(&flags.tokens_from)?;
     let shape = file.shape();
     let mut keys = chain(&flags.namespace.namespace(Codec::Raw), file.tokens());
@@ -102,5 +112,6 @@ fn config(flags: &RxFlags) -> anyhow::Result<Config> {
         max_layers: 128,
         rto_min: Duration::from_millis(5),
         idle_sleep: Duration::ZERO,
+        gpu: dataplane::GpuConfig::default(),
     })
 }

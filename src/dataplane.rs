@@ -11,6 +11,7 @@ use dataplane::{Config, Placement, StageKind};
 use dpdk::Eal;
 
 use crate::flags::{self, DEFAULT_SOCKET, EalFlags, PortFlags, parse_mac};
+use crate::gpu_flags::GpuFlags;
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
@@ -31,6 +32,8 @@ pub(crate) struct Flags {
     udp_port: u16,
     #[command(flatten)]
     pub(crate) pipeline: PipelineFlags,
+    #[command(flatten)]
+    pub(crate) gpu: GpuFlags,
     /// Unix socket where serving processes connect
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
@@ -94,6 +97,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         max_layers: flags.pipeline.max_layers,
         rto_min: Duration::from_micros(flags.pipeline.rto_min_us),
         idle_sleep: flags.eal.idle_sleep(),
+        gpu: flags.gpu.config()?,
     };
     config.next_hop()?;
     let stop = flags::stop_on_signals()?;

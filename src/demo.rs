@@ -433,6 +433,7 @@ impl OneProcess {
             max_layers: 128,
             rto_min: Duration::from_millis(5),
             idle_sleep,
+            gpu: dataplane::GpuConfig::default(),
         };
         let stop = Arc::new(AtomicBool::new(false));
         let (store_eal, store_stop) = (Arc::clone(&eal), Arc::clone(&stop));

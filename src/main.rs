@@ -1,12 +1,14 @@
 //! The command line of ShadowServe: one file per subcommand.
 
 mod bench;
+mod bench_gpu;
 mod config_file;
 mod dataplane;
 mod demo;
 mod doctor;
 mod fetch;
 mod flags;
+mod gpu_flags;
 mod report;
 mod store;
 mod verify;

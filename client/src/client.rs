@@ -7,16 +7,20 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use control::message::MAX_KEYS_PER_LOOKUP;
-use control::{AttachError, CHUNK_TOKENS, ClientSession, Command, CommandError, Completion};
+use control::{
+    AttachError, CHUNK_TOKENS, ClientSession, Command, CommandError, Completion, GpuMemory, PagedKv,
+    SocketError,
+};
 use hugepages::{Arena, ArenaConfig, PageChoice};
 use protocol::key::{ChunkKeys, Key};
 
 use crate::config::ClientConfig;
 use crate::dispatch;
 use crate::fetch::{self, ANSWER_GRACE, Fetch, FetchError, FetchRequest, milliseconds};
+use crate::gpu::{GpuRing, PagedCache, PagesRequest, RingConfig, RingRequest};
 use crate::lost::Lost;
 use crate::prefix::{Prefix, PrefixChunk};
-use crate::region::{Memory, Region, RegisterError};
+use crate::region::{Held, Memory, Region, RegisterError};
 use crate::shared::{Kind, NotSent, Shared, Unanswered};
 
 /// Why there is no session.
@@ -139,6 +143,46 @@ impl Client {
     /// # Errors
     /// When the data plane does not take it, or the session is over.
     pub fn register_arena(&self, arena: Arena) -> Result<Region, RegisterError> {
+        let id = self.register_with(|session, token| session.register(token, &arena))?;
+        let region = Region(self.memory(id, Held::Host(arena)));
+        // The data plane has mapped it: from here on nobody else can, nor take its pages away.
+        region.arena().close_to_others()?;
+        Ok(region)
+    }
+
+    /// Registers a paged KV cache in GPU memory of this process.
+    ///
+    /// # Errors
+    /// When the description contradicts itself, the data plane cannot open the memory, or the session is over.
+    pub fn register_pages(&self, kv: PagedKv) -> Result<PagedCache, RegisterError> {
+        kv.check()?;
+        let memory = GpuMemory::Pages(kv.clone());
+        let id = self.register_with(|session, token| session.register_gpu(token, &memory, None))?;
+        Ok(PagedCache(self.memory(id, Held::Pages(kv))))
+    }
+
+    /// Makes a ring in GPU memory of this process and registers it.
+    ///
+    /// # Errors
+    /// As [`Client::register_pages`].
+    pub fn register_ring(&self, config: &RingConfig) -> Result<GpuRing, RegisterError> {
+        let (ring, words, consumer) = config.make(1)?;
+        let memory = GpuMemory::Ring(ring.clone());
+        let id = self.register_with(|session, token| session.register_gpu(token, &memory, Some(&words)))?;
+        let ring = GpuRing(self.memory(id, Held::Ring { ring, consumer: consumer.into() }));
+        words.close_to_others()?;
+        Ok(ring)
+    }
+
+    fn memory(&self, id: u32, held: Held) -> Arc<Memory> {
+        Arc::new(Memory { id, held, shared: Arc::clone(&self.shared) })
+    }
+
+    /// Asks for memory to be registered and waits for the region's number.
+    fn register_with(
+        &self,
+        ask: impl FnOnce(&ClientSession, u64) -> Result<(), SocketError>,
+    ) -> Result<u32, RegisterError> {
         let timeout = self.shared.config.timeout;
         let deadline = Instant::now().checked_add(timeout);
         let timed_out = || RegisterError::TimedOut { timeout_ms: timeout.as_millis() };
@@ -154,7 +198,7 @@ impl Client {
             return Err(lost.clone().into());
         }
         let token = state.begin_registering();
-        let asked = state.session.as_ref().map_or(Ok(()), |session| session.register(token, &arena));
+        let asked = state.session.as_ref().map_or(Ok(()), |session| ask(session, token));
         if let Err(error) = asked {
             state.forget_registering(token);
             return Err(error.into());
@@ -164,16 +208,12 @@ impl Client {
             state.abandon_registering(token);
         }
         drop(state);
-        let id = match reply {
-            Ok(Ok(id)) => id,
-            Ok(Err(reason)) => return Err(RegisterError::Refused { reason }),
-            Err(Unanswered::Lost(lost)) => return Err(lost.into()),
-            Err(Unanswered::TimedOut) => return Err(timed_out()),
-        };
-        let region = Region(Arc::new(Memory { id, arena, shared: Arc::clone(&self.shared) }));
-        // The data plane has mapped it: from here on nobody else can, nor take its pages away.
-        region.arena().close_to_others()?;
-        Ok(region)
+        match reply {
+            Ok(Ok(id)) => Ok(id),
+            Ok(Err(reason)) => Err(RegisterError::Refused { reason }),
+            Err(Unanswered::Lost(lost)) => Err(lost.into()),
+            Err(Unanswered::TimedOut) => Err(timed_out()),
+        }
     }
 
     /// The keys of a token sequence, one per 256 tokens.
@@ -224,6 +264,23 @@ impl Client {
     /// When the request is invalid, the data plane does not take commands, or the session is over.
     pub fn fetch(&self, request: &FetchRequest<'_>) -> Result<Fetch, FetchError> {
         fetch::start(&self.shared, request)
+    }
+
+    /// Starts a fetch into the pages of a KV cache, as [`Client::fetch`].
+    ///
+    /// # Errors
+    /// As [`Client::fetch`].
+    pub fn fetch_pages(&self, request: &PagesRequest<'_>) -> Result<Fetch, FetchError> {
+        fetch::start_pages(&self.shared, request)
+    }
+
+    /// Starts a fetch into a ring, as [`Client::fetch`]. Its planes come through [`GpuRing::peek`], each as soon as it is
+    /// there; the fetch ends when all have been copied, whether or not they have been taken.
+    ///
+    /// # Errors
+    /// As [`Client::fetch`].
+    pub fn fetch_ring(&self, request: &RingRequest<'_>) -> Result<Fetch, FetchError> {
+        fetch::start_ring(&self.shared, request)
     }
 
     /// The data plane's counters and latencies, as one JSON object.

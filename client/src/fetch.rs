@@ -6,14 +6,16 @@ use std::time::{Duration, Instant};
 
 use control::message::MAX_CHUNKS_PER_FETCH;
 use control::{
-    ChunkPlace, Command, CommandError, Completion, Dtype, Layout, LayoutError, Missing, Outcome, Shape,
+    ChunkPlace, Command, CommandError, Completion, Dtype, Layout, LayoutError, Missing, Outcome, RegionView,
+    Shape, Target as FetchTarget,
 };
 
 use crate::dispatch::drain;
+use crate::gpu::{PagesRequest, RingRequest};
 use crate::lost::Lost;
 use crate::prefix::Prefix;
-use crate::region::{Memory, Region};
-use crate::shared::{Guard, Kind, NotSent, Shared, Target, Unanswered};
+use crate::region::{Held, Memory, Region};
+use crate::shared::{Guard, Kind, NotSent, Shared, Target, Unanswered, Written};
 
 /// How much longer than a command's own timeout its answer is waited for.
 pub(crate) const ANSWER_GRACE: Duration = Duration::from_secs(2);
@@ -64,6 +66,16 @@ pub enum RequestError {
     /// The layout cannot hold the shape.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// The page table ends too early, or is too long.
+    #[error(
+        "a page table of {pages} pages does not hold a prefix of {tokens} tokens, or is longer than a fetch takes"
+    )]
+    Table {
+        /// Pages in the table.
+        pages: usize,
+        /// Tokens of the prefix.
+        tokens: u32,
+    },
 }
 
 impl<'a> FetchRequest<'a> {
@@ -140,9 +152,8 @@ impl<'a> FetchRequest<'a> {
             id,
             timeout_ms: milliseconds(self.timeout),
             region: self.region.id(),
-            layout: self.layout,
+            to: FetchTarget::Host { layout: self.layout, out_dtype: self.out_dtype },
             shape: self.shape,
-            out_dtype: self.out_dtype,
             chunks: self.chunks.clone(),
             progress: self.progress,
         }
@@ -244,25 +255,46 @@ pub struct Fetch {
 }
 
 pub(crate) fn start(shared: &Arc<Shared>, request: &FetchRequest<'_>) -> Result<Fetch, FetchError> {
-    let memory: &Arc<Memory> = &request.region.0;
+    let written = Written::Bytes(request.span());
+    start_command(shared, &request.region.0, request.command(0), written, request.timeout)
+}
+
+pub(crate) fn start_pages(shared: &Arc<Shared>, request: &PagesRequest<'_>) -> Result<Fetch, FetchError> {
+    let written = Written::Pages(request.pages());
+    start_command(shared, &request.cache.0, request.command(0), written, request.timeout)
+}
+
+pub(crate) fn start_ring(shared: &Arc<Shared>, request: &RingRequest<'_>) -> Result<Fetch, FetchError> {
+    start_command(shared, &request.ring.0, request.command(0), Written::Entries, request.timeout)
+}
+
+fn start_command(
+    shared: &Arc<Shared>,
+    memory: &Arc<Memory>,
+    mut command: Command,
+    written: Written,
+    timeout: Duration,
+) -> Result<Fetch, FetchError> {
     if !Arc::ptr_eq(&memory.shared, shared) {
         return Err(FetchError::ForeignRegion);
     }
-    let bytes = memory.arena.bytes() as u64;
-    let mut command = request.command(0);
-    command.check(|region| (region == memory.id).then_some(bytes))?;
+    let view = match &memory.held {
+        Held::Host(arena) => RegionView::Host(arena.bytes() as u64),
+        Held::Pages(kv) => RegionView::Pages(kv),
+        Held::Ring { ring, .. } => RegionView::Ring(ring),
+    };
+    command.check(|region| (region == memory.id).then_some(view))?;
 
     let started = Instant::now();
     let mut state = shared.lock()?;
-    let span = request.span();
-    if state.is_written_by_abandoned(memory, &span) {
+    if state.is_written_by_abandoned(memory, &written) {
         return Err(FetchError::RegionBusy);
     }
-    let id = state.begin(Kind::Fetch, Some(Target { memory: Arc::clone(memory), span }));
+    let id = state.begin(Kind::Fetch, Some(Target { memory: Arc::clone(memory), written }));
     if let Command::Fetch { id: name, .. } = &mut command {
         *name = id;
     }
-    let deadline = started.checked_add(request.timeout);
+    let deadline = started.checked_add(timeout);
     let (state, sent) = shared.send(state, &command, deadline);
     drop(state);
     sent?;
@@ -277,6 +309,12 @@ pub(crate) fn start(shared: &Arc<Shared>, request: &FetchRequest<'_>) -> Result<
 }
 
 impl Fetch {
+    /// Its number in this session: what a ring's entries name it by.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// The report, if it has ended. Never blocks.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ mod client;
 mod config;
 mod dispatch;
 mod fetch;
+mod gpu;
 mod lost;
 mod prefix;
 mod region;
@@ -17,9 +18,12 @@ mod shared;
 pub use crate::client::{Client, ConnectError, LookupError, StatsError};
 pub use config::ClientConfig;
 pub use control::{
-    ChunkPlace, Codec, CommandError, Dtype, Layout, LayoutError, Missing, MissingReason, Outcome, Shape,
+    ChunkPlace, Codec, CommandError, DeviceUuid, Dtype, ElementType, GpuAllocation, GpuMemoryError,
+    GpuRingError, IpcHandle, LayerBase, Layout, LayoutError, Missing, MissingReason, Outcome, PageStrides,
+    PagedKv, PlaneBase, RingDescriptor, Scale, Shape,
 };
 pub use fetch::{Fetch, FetchError, FetchReport, FetchRequest, Progress, RequestError};
+pub use gpu::{GpuRing, PagedCache, PagesRequest, RingConfig, RingEntry, RingError, RingRequest};
 pub use lost::Lost;
 pub use prefix::{Prefix, PrefixChunk};
 pub use protocol::key::{Key, Namespace};

@@ -1,10 +1,11 @@
 //! Memory that fetched planes land in.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
-use control::SocketError;
+use control::{GpuMemoryError, PagedKv, RingKv, SocketError};
 use hugepages::{Arena, ArenaError, OutOfBounds, SealError};
 
+use crate::gpu::{Consumer, RingError};
 use crate::lost::Lost;
 use crate::shared::Shared;
 
@@ -16,19 +17,33 @@ pub struct Region(pub(crate) Arc<Memory>);
 
 pub(crate) struct Memory {
     pub(crate) id: u32,
-    pub(crate) arena: Arena,
+    pub(crate) held: Held,
     pub(crate) shared: Arc<Shared>,
+}
+
+/// What was registered.
+pub(crate) enum Held {
+    /// Memory of this machine.
+    Host(Arena),
+    /// A paged KV cache on a GPU.
+    Pages(PagedKv),
+    /// A ring on a GPU, and its host side.
+    Ring { ring: RingKv, consumer: Consumer },
 }
 
 impl std::fmt::Debug for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let bytes = self.arena.bytes();
-        f.debug_struct("Memory").field("id", &self.id).field("bytes", &bytes).finish_non_exhaustive()
+        f.debug_struct("Memory").field("id", &self.id).finish_non_exhaustive()
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        if let Held::Ring { consumer, .. } = &mut self.held
+            && !self.shared.is_forked()
+        {
+            consumer.get_mut().unwrap_or_else(PoisonError::into_inner).revoke();
+        }
         self.shared.retire(self.id);
     }
 }
@@ -39,6 +54,12 @@ pub enum RegisterError {
     /// There is no memory for it.
     #[error("no memory for a region: {0}")]
     Memory(#[from] ArenaError),
+    /// GPU memory was described wrongly.
+    #[error(transparent)]
+    Gpu(#[from] GpuMemoryError),
+    /// A ring could not be made.
+    #[error(transparent)]
+    Ring(#[from] RingError),
     /// The data plane does not take it.
     #[error("the data plane refused the region: {reason}")]
     Refused {
@@ -69,7 +90,7 @@ impl Region {
     /// Its size, bytes: at least what was asked for.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.0.arena.bytes()
+        self.arena().bytes()
     }
 
     /// Its number in this session.
@@ -82,7 +103,10 @@ impl Region {
     /// fetch is under way, so there is no slice of it.
     #[must_use]
     pub fn arena(&self) -> &Arena {
-        &self.0.arena
+        match &self.0.held {
+            Held::Host(arena) => arena,
+            Held::Pages(_) | Held::Ring { .. } => unreachable!("a region is host memory"),
+        }
     }
 
     /// Copies from `offset` into `out`. Bytes that a fetch under way will write are of either age.
@@ -90,6 +114,6 @@ impl Region {
     /// # Errors
     /// When the range is not within the region; nothing was copied then.
     pub fn copy_out(&self, offset: usize, out: &mut [u8]) -> Result<(), OutOfBounds> {
-        self.0.arena.copy_out(offset, out)
+        self.arena().copy_out(offset, out)
     }
 }

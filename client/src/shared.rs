@@ -54,8 +54,31 @@ pub(crate) enum Kind {
 #[derive(Debug)]
 pub(crate) struct Target {
     pub(crate) memory: Arc<Memory>,
-    /// From the lowest to the highest byte that the fetch may write.
-    pub(crate) span: Range<u64>,
+    /// What of it the fetch may write.
+    pub(crate) written: Written,
+}
+
+/// A part of a region's memory.
+#[derive(Debug)]
+pub(crate) enum Written {
+    /// From the lowest to the highest byte.
+    Bytes(Range<u64>),
+    /// These pages, in ascending order.
+    Pages(Vec<u32>),
+    /// Entries of a ring, which say what they hold: fetches do not get in each other's way.
+    Entries,
+}
+
+impl Written {
+    fn overlaps(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Bytes(one), Self::Bytes(other)) => one.start < other.end && other.start < one.end,
+            (Self::Pages(one), Self::Pages(other)) => {
+                one.iter().any(|page| other.binary_search(page).is_ok())
+            }
+            _ => false,
+        }
+    }
 }
 
 /// One command under way, or answered and not yet asked for.
@@ -263,14 +286,13 @@ impl State {
         }
     }
 
-    /// Whether a fetch that its owner has dropped may still write within `span` of the region.
-    pub(crate) fn is_written_by_abandoned(&self, memory: &Arc<Memory>, span: &Range<u64>) -> bool {
+    /// Whether a fetch that its owner has dropped may still write to this part of the region.
+    pub(crate) fn is_written_by_abandoned(&self, memory: &Arc<Memory>, written: &Written) -> bool {
         self.pending.values().filter(|entry| entry.abandoned).any(|entry| {
-            entry.target.as_ref().is_some_and(|target| {
-                Arc::ptr_eq(&target.memory, memory)
-                    && target.span.start < span.end
-                    && span.start < target.span.end
-            })
+            entry
+                .target
+                .as_ref()
+                .is_some_and(|target| Arc::ptr_eq(&target.memory, memory) && target.written.overlaps(written))
         })
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use control::codec::{decode_command, encode};
 use control::doorbell::line_pair;
 use control::session::{Endpoint, Sent, Side, create, open};
-use control::{ChunkPlace, Command, Dtype, Layout, Shape};
+use control::{ChunkPlace, Command, Dtype, Layout, Shape, Target};
 use criterion::{Criterion, criterion_group, criterion_main};
 use rustix::event::{PollFd, PollFlags};
 
@@ -25,9 +25,8 @@ fn fetch(chunks: usize) -> Command {
         id: 1,
         timeout_ms: 1000,
         region: 1,
-        layout: Layout::chunked(&shape, 256),
+        to: Target::Host { layout: Layout::chunked(&shape, 256), out_dtype: Dtype::Bf16 },
         shape,
-        out_dtype: Dtype::Bf16,
         chunks: vec![place; chunks],
         progress: false,
     }

@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::codec::{DecodeError, decode_completion, encode};
+use crate::gpu::GpuMemory;
 use crate::handshake::{FromClient, FromDataPlane, HandshakeError, WELCOME_FDS, datagram, parse};
 use crate::message::{Command, Completion, cut_text};
 use crate::ring::RingError;
@@ -201,6 +202,22 @@ impl ClientSession {
     pub fn register(&self, token: u64, arena: &Arena) -> Result<(), SocketError> {
         let bytes = arena.bytes() as u64;
         self.stream.send(&datagram(&FromClient::Register { token, bytes }), &[arena.fd()])
+    }
+
+    /// Asks for GPU memory to be registered, with `words`, its host memory, if it is a ring; the answer comes from
+    /// [`ClientSession::handle_socket`].
+    ///
+    /// # Errors
+    /// When the socket is gone or full.
+    pub fn register_gpu(
+        &self,
+        token: u64,
+        memory: &GpuMemory,
+        words: Option<&Arena>,
+    ) -> Result<(), SocketError> {
+        let request = datagram(&FromClient::RegisterGpu { token, memory: memory.clone() });
+        let fds: Vec<BorrowedFd<'_>> = words.map(Arena::fd).into_iter().collect();
+        self.stream.send(&request, &fds)
     }
 
     /// The next answer about a region, if one has arrived.

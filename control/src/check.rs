@@ -2,10 +2,23 @@
 
 use crate::CHUNK_TOKENS;
 use crate::codec::DecodeError;
+use crate::gpu::{PagedKv, RingKv};
 use crate::layout::{Layout, LayoutError, Shape};
 use crate::message::{
-    ChunkPlace, Command, Completion, MAX_CHUNKS_PER_FETCH, MAX_KEYS_PER_LOOKUP, MAX_TIMEOUT_MS, Outcome,
+    ChunkPlace, Command, Completion, MAX_CHUNKS_PER_FETCH, MAX_KEYS_PER_LOOKUP, MAX_PAGES_PER_FETCH,
+    MAX_TIMEOUT_MS, Outcome, Target,
 };
+
+/// What a command's check needs to know of a registered region.
+#[derive(Clone, Copy, Debug)]
+pub enum RegionView<'a> {
+    /// Memory shared with this machine's CPUs, of so many bytes.
+    Host(u64),
+    /// A paged KV cache.
+    Pages(&'a PagedKv),
+    /// A ring.
+    Ring(&'a RingKv),
+}
 
 /// Why a command that could be read is not carried out. The text is what [`Completion::Refused`] carries.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -68,6 +81,72 @@ pub enum CommandError {
         /// Its offset, bytes.
         offset: u64,
     },
+    /// Host memory, pages and a ring each take another kind of target.
+    #[error("region {region} is {kind}: a fetch into it has to say how to place planes there")]
+    OtherKind {
+        /// As given.
+        region: u32,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// No page, or too many.
+    #[error("a page table names {pages} pages: name 1 to {MAX_PAGES_PER_FETCH}, and split a longer fetch")]
+    PageCount {
+        /// How many.
+        pages: usize,
+    },
+    /// A page that the cache does not have.
+    #[error("the page table's entry {index} names page {page} of a cache of {pages} pages")]
+    Page {
+        /// Index into the table.
+        index: usize,
+        /// As given.
+        page: u32,
+        /// Pages of the cache.
+        pages: u32,
+    },
+    /// The table ends before the chunk does.
+    #[error(
+        "chunk {chunk} reaches to token {end} and the page table of {pages} pages of {page_tokens} tokens does not: name \
+         all its pages"
+    )]
+    OutsideTable {
+        /// Index into the fetch's chunks.
+        chunk: usize,
+        /// One past its last token.
+        end: u64,
+        /// Pages in the table.
+        pages: usize,
+        /// Tokens of a page.
+        page_tokens: u16,
+    },
+    /// The model is another.
+    #[error(
+        "the chunks have {wanted:?} and the GPU memory has room for {layers} layers, {kv_heads} KV heads, {head_dim} \
+         elements per head: register the cache of the same model"
+    )]
+    OtherShape {
+        /// What the fetch expects.
+        wanted: Shape,
+        /// Layers of the cache.
+        layers: usize,
+        /// Its KV heads.
+        kv_heads: u16,
+        /// Its head dimension.
+        head_dim: u16,
+    },
+    /// A plane is larger than an entry.
+    #[error(
+        "chunk {chunk} has planes of {plane_bytes} bytes and the ring entries of {entry_bytes}: make them larger"
+    )]
+    EntryTooSmall {
+        /// Index into the fetch's chunks.
+        chunk: usize,
+        /// Bytes of its planes.
+        plane_bytes: u64,
+        /// Bytes of an entry.
+        entry_bytes: u64,
+    },
     /// The id is taken.
     #[error("the id {id} already names a command under way: use every id once")]
     DuplicateId {
@@ -90,13 +169,22 @@ pub enum CommandError {
     },
 }
 
+impl RegionView<'_> {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Host(_) => "host memory",
+            Self::Pages(_) => "a paged KV cache",
+            Self::Ring(_) => "a ring",
+        }
+    }
+}
+
 impl Command {
-    /// Checks everything that can be judged from the command and its region alone. `region_bytes` gives the
-    /// size of a registered region.
+    /// Checks everything that can be judged from the command and its region alone. `find` gives a registered region.
     ///
     /// # Errors
     /// The first thing wrong with it.
-    pub fn check(&self, region_bytes: impl Fn(u32) -> Option<u64>) -> Result<(), CommandError> {
+    pub fn check<'a>(&self, find: impl Fn(u32) -> Option<RegionView<'a>>) -> Result<(), CommandError> {
         match self {
             Self::Lookup { keys, timeout_ms, .. } => {
                 if keys.is_empty() || keys.len() > MAX_KEYS_PER_LOOKUP {
@@ -104,16 +192,23 @@ impl Command {
                 }
                 check_timeout(*timeout_ms)
             }
-            Self::Fetch { timeout_ms, region, layout, shape, chunks, .. } => {
+            Self::Fetch { timeout_ms, region, to, shape, chunks, .. } => {
                 check_timeout(*timeout_ms)?;
                 if chunks.is_empty() || chunks.len() > MAX_CHUNKS_PER_FETCH {
                     return Err(CommandError::ChunkCount { chunks: chunks.len() });
                 }
-                let region_bytes =
-                    region_bytes(*region).ok_or(CommandError::UnknownRegion { region: *region })?;
-                check_places(layout, shape, chunks, region_bytes)
+                check_tokens(chunks)?;
+                let found = find(*region).ok_or(CommandError::UnknownRegion { region: *region })?;
+                match (to, found) {
+                    (Target::Host { layout, .. }, RegionView::Host(region_bytes)) => {
+                        check_places(layout, shape, chunks, region_bytes)
+                    }
+                    (Target::Pages { table }, RegionView::Pages(kv)) => check_pages(table, kv, shape, chunks),
+                    (Target::Ring, RegionView::Ring(ring)) => check_entries(ring, shape, chunks),
+                    (_, other) => Err(CommandError::OtherKind { region: *region, kind: other.kind() }),
+                }
             }
-            Self::Unregister { region, .. } => match region_bytes(*region) {
+            Self::Unregister { region, .. } => match find(*region) {
                 Some(_) => Ok(()),
                 None => Err(CommandError::UnknownRegion { region: *region }),
             },
@@ -129,6 +224,58 @@ fn check_timeout(timeout_ms: u32) -> Result<(), CommandError> {
     Ok(())
 }
 
+fn check_tokens(chunks: &[ChunkPlace]) -> Result<(), CommandError> {
+    for (chunk, &ChunkPlace { tokens, .. }) in chunks.iter().enumerate() {
+        if tokens == 0 || tokens > CHUNK_TOKENS {
+            return Err(CommandError::Tokens { chunk, tokens });
+        }
+    }
+    Ok(())
+}
+
+/// After this no piece of any chunk can lie outside of the cache's pages: the table covers every token, and every page
+/// that it names is one that [`PagedKv::check`] found within the allocations.
+fn check_pages(
+    table: &[u32],
+    kv: &PagedKv,
+    shape: &Shape,
+    chunks: &[ChunkPlace],
+) -> Result<(), CommandError> {
+    if table.is_empty() || table.len() > MAX_PAGES_PER_FETCH {
+        return Err(CommandError::PageCount { pages: table.len() });
+    }
+    if !kv.takes(shape) {
+        let (layers, kv_heads, head_dim) = (kv.layers.len(), kv.kv_heads, kv.head_dim);
+        return Err(CommandError::OtherShape { wanted: *shape, layers, kv_heads, head_dim });
+    }
+    if let Some((index, &page)) = table.iter().enumerate().find(|&(_, &page)| page >= kv.pages) {
+        return Err(CommandError::Page { index, page, pages: kv.pages });
+    }
+    let tokens_in_table = table.len() as u64 * u64::from(kv.page_tokens);
+    for (chunk, place) in chunks.iter().enumerate() {
+        let end = place.offset.saturating_add(u64::from(place.tokens));
+        if end > tokens_in_table {
+            let (pages, page_tokens) = (table.len(), kv.page_tokens);
+            return Err(CommandError::OutsideTable { chunk, end, pages, page_tokens });
+        }
+    }
+    Ok(())
+}
+
+fn check_entries(ring: &RingKv, shape: &Shape, chunks: &[ChunkPlace]) -> Result<(), CommandError> {
+    if !shape.is_valid() {
+        return Err(LayoutError::EmptyShape { shape: *shape }.into());
+    }
+    for (chunk, place) in chunks.iter().enumerate() {
+        let elements = u64::from(place.tokens) * u64::from(shape.kv_heads) * u64::from(shape.head_dim);
+        let plane_bytes = elements * ring.element.bytes();
+        if plane_bytes > ring.entry_bytes {
+            return Err(CommandError::EntryTooSmall { chunk, plane_bytes, entry_bytes: ring.entry_bytes });
+        }
+    }
+    Ok(())
+}
+
 fn check_places(
     layout: &Layout,
     shape: &Shape,
@@ -136,9 +283,6 @@ fn check_places(
     region_bytes: u64,
 ) -> Result<(), CommandError> {
     for (chunk, &ChunkPlace { tokens, offset, .. }) in chunks.iter().enumerate() {
-        if tokens == 0 || tokens > CHUNK_TOKENS {
-            return Err(CommandError::Tokens { chunk, tokens });
-        }
         let extent_bytes = layout.extent_bytes(shape, tokens)?;
         if offset % shape.dtype.bytes() != 0 {
             return Err(CommandError::OddOffset { chunk, offset });

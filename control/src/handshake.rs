@@ -6,6 +6,7 @@
 //!                                  <-   Welcome  + memory, doorbell line
 //! Attached  (memory is mapped)     ->            commands are taken from here on
 //! Register  + region's memory      ->
+//! RegisterGpu (+ ring's memory)    ->
 //!                                  <-   Registered | RegionRefused
 //! ```
 //!
@@ -18,10 +19,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::VERSION;
 use crate::codec::encode;
+use crate::gpu::GpuMemory;
 use crate::message::cut_text;
 
 /// Most bytes of one socket message.
-pub const MAX_SOCKET_BYTES: usize = 4096;
+pub const MAX_SOCKET_BYTES: usize = 64 * 1024;
 const MAGIC: [u8; 4] = *b"SHSV";
 const HEADER_BYTES: usize = 8;
 const KIND_MESSAGE: u16 = 0;
@@ -43,6 +45,13 @@ pub enum FromClient {
         token: u64,
         /// Size of the memory, bytes.
         bytes: u64,
+    },
+    /// Registers GPU memory. With a ring comes the descriptor of its host memory.
+    RegisterGpu {
+        /// Returned with the answer.
+        token: u64,
+        /// What is lent.
+        memory: GpuMemory,
     },
 }
 

@@ -158,31 +158,13 @@ impl Layout {
         if !shape.is_valid() {
             return Err(LayoutError::EmptyShape { shape: *shape });
         }
-        let mut axes = [
+        let axes = [
             ("layer", self.layer, u64::from(shape.layers)),
             ("side", self.side, 2),
             ("token", self.token, u64::from(tokens)),
             ("head", self.head, u64::from(shape.kv_heads)),
         ];
-        axes.sort_by_key(|&(_, stride, _)| stride);
-        // From the innermost axis outwards: a stride must clear everything that the smaller ones span.
-        let mut span = shape.head_bytes();
-        for (name, stride, count) in axes {
-            if count <= 1 {
-                continue;
-            }
-            if stride < span {
-                return Err(LayoutError::Overlap { name, stride, needed: span });
-            }
-            if stride % shape.dtype.bytes() != 0 {
-                return Err(LayoutError::Odd { name, stride });
-            }
-            span = (count - 1)
-                .checked_mul(stride)
-                .and_then(|last| last.checked_add(span))
-                .ok_or(LayoutError::Overflow)?;
-        }
-        Ok(span)
+        nested_span(shape.head_bytes(), shape.dtype.bytes(), axes)
     }
 
     /// Offset of the plane `plane` (`2 * layer + side`) from the start of its chunk, in bytes.
@@ -192,6 +174,33 @@ impl Layout {
         let (layer, side) = ((plane / 2) as u64, (plane % 2) as u64);
         layer.wrapping_mul(self.layer).wrapping_add(side.wrapping_mul(self.side))
     }
+}
+
+/// Bytes from the first to the last of what axes (name, stride in bytes, count) span around a run of `run_bytes`.
+pub(crate) fn nested_span<const AXES: usize>(
+    run_bytes: u64,
+    element_bytes: u64,
+    mut axes: [(&'static str, u64, u64); AXES],
+) -> Result<u64, LayoutError> {
+    axes.sort_by_key(|&(_, stride, _)| stride);
+    // From the innermost axis outwards: a stride must clear everything that the smaller ones span.
+    let mut span = run_bytes;
+    for (name, stride, count) in axes {
+        if count <= 1 {
+            continue;
+        }
+        if stride < span {
+            return Err(LayoutError::Overlap { name, stride, needed: span });
+        }
+        if stride % element_bytes != 0 {
+            return Err(LayoutError::Odd { name, stride });
+        }
+        span = (count - 1)
+            .checked_mul(stride)
+            .and_then(|last| last.checked_add(span))
+            .ok_or(LayoutError::Overflow)?;
+    }
+    Ok(span)
 }
 
 #[cfg(test)]

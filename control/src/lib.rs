@@ -4,7 +4,7 @@
 //! rings in shared memory ([`ring`]) whose memory is passed over a Unix socket ([`socket`]); the data plane's
 //! side of such a session is [`ServerSession`], the serving process's side [`ClientSession`].
 //!
-//! Reading order: [`layout`], [`message`], [`check`] and [`codec`] (what is said), [`ring`] and [`doorbell`] (how bytes cross),
+//! Reading order: [`layout`], [`gpu`], [`message`], [`check`] and [`codec`] (what is said), [`ring`] and [`doorbell`] (how bytes cross),
 //! [`session`] (where things lie in the shared memory), [`socket`] and [`handshake`] (how the memory gets
 //! across), [`listener`], [`server`] and [`attach`] (the two ends).
 //!
@@ -16,6 +16,8 @@ pub mod attach;
 pub mod check;
 pub mod codec;
 pub mod doorbell;
+pub mod gpu;
+pub mod gpu_ring;
 pub mod handshake;
 pub mod layout;
 pub mod listener;
@@ -27,11 +29,16 @@ pub mod socket;
 mod work;
 
 pub use attach::{AttachError, ClientSession, ClientSessionError, RegionReply};
-pub use check::CommandError;
+pub use check::{CommandError, RegionView};
 pub use codec::DecodeError;
+pub use gpu::{
+    DeviceUuid, ElementType, GpuAllocation, GpuMemory, GpuMemoryError, IpcHandle, LayerBase, PageStrides,
+    PagedKv, PlaneBase, RingKv, Scale,
+};
+pub use gpu_ring::{GpuRingError, RingConsumer, RingDescriptor, RingProducer, ring_words_bytes};
 pub use layout::{Dtype, Layout, LayoutError, Shape};
 pub use listener::{Limits, Listener};
-pub use message::{ChunkPlace, Codec, Command, Completion, Missing, MissingReason, Outcome};
+pub use message::{ChunkPlace, Codec, Command, Completion, Missing, MissingReason, Outcome, Target};
 pub use ring::RingError;
 pub use server::{ServerSession, SessionError, SocketEvent};
 pub use session::{Sent, now_ns};
@@ -39,7 +46,7 @@ pub use socket::{BindError, Peer, SocketError};
 
 /// Version of everything in this crate that two processes must agree on: messages, handshake and the layout of
 /// the shared memory. Raised by any change to one of them; there is no negotiation, both ends ship together.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Most tokens that one chunk holds. The last chunk of a sequence may hold fewer.
 pub const CHUNK_TOKENS: u16 = 256;

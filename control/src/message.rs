@@ -8,8 +8,11 @@ use crate::layout::{Dtype, Layout, Shape};
 pub const MAX_CHUNKS_PER_FETCH: usize = 4096;
 /// Most keys that one lookup may name.
 pub const MAX_KEYS_PER_LOOKUP: usize = 4096;
-/// Most bytes of one encoded message. A fetch of [`MAX_CHUNKS_PER_FETCH`] chunks takes at most 180 KiB.
-pub const MAX_MESSAGE_BYTES: usize = 256 * 1024;
+/// Most pages that the table of one fetch may name: a million tokens in pages of 16.
+pub const MAX_PAGES_PER_FETCH: usize = 65_536;
+/// Most bytes of one encoded message. A fetch of [`MAX_CHUNKS_PER_FETCH`] chunks takes at most 180 KiB, and a table of
+/// [`MAX_PAGES_PER_FETCH`] pages 320 KiB more.
+pub const MAX_MESSAGE_BYTES: usize = 511 * 1024;
 /// Most bytes of a reason or message text; longer ones are cut at a character's end.
 pub const MAX_TEXT_BYTES: usize = 1024;
 /// Most bytes of the statistics' JSON.
@@ -82,8 +85,28 @@ pub struct ChunkPlace {
     pub key: [u8; 32],
     /// Tokens that the chunk holds, 1 to [`crate::CHUNK_TOKENS`].
     pub tokens: u16,
-    /// Offset in the region at which the layout's strides start, bytes.
+    /// Where its bytes begin. In host memory: the offset in the region at which the layout's strides start, bytes. In
+    /// pages: the chunk's first token, counted from the start of the page table. In a ring: of no meaning.
     pub offset: u64,
+}
+
+/// How a region takes the planes of a fetch: must be of the region's kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Target {
+    /// Memory shared with this machine's CPUs.
+    Host {
+        /// Strides within a chunk, bytes.
+        layout: Layout,
+        /// The element type to write, which may differ from the stored one.
+        out_dtype: Dtype,
+    },
+    /// A paged KV cache in GPU memory.
+    Pages {
+        /// The pages of the tokens from 0 on, in order: 1 to [`MAX_PAGES_PER_FETCH`].
+        table: Vec<u32>,
+    },
+    /// A ring in GPU memory.
+    Ring,
 }
 
 /// What the serving process asks for. `id`s are the client's choice; two commands under way never share one.
@@ -108,12 +131,10 @@ pub enum Command {
         timeout_ms: u32,
         /// The region that receives, as [`crate::ClientSession`] registered it.
         region: u32,
-        /// Strides within a chunk, bytes.
-        layout: Layout,
+        /// How the region takes them.
+        to: Target,
         /// What the caller expects the chunks to be; chunks that differ are reported missing.
         shape: Shape,
-        /// The element type to write, which may differ from the stored one.
-        out_dtype: Dtype,
         /// What to fetch, 1 to [`MAX_CHUNKS_PER_FETCH`].
         chunks: Vec<ChunkPlace>,
         /// Whether to send [`Completion::Progress`].
@@ -168,6 +189,8 @@ pub enum MissingReason {
     ShapeMismatch,
     /// The fetch was cancelled first.
     Cancelled,
+    /// Its bytes could not be copied to where they were to go.
+    NotDelivered,
 }
 
 impl std::fmt::Display for MissingReason {
@@ -180,6 +203,7 @@ impl std::fmt::Display for MissingReason {
             Self::Undecodable => "cannot be decoded",
             Self::ShapeMismatch => "stored with another shape",
             Self::Cancelled => "cancelled",
+            Self::NotDelivered => "could not be copied to its place",
         })
     }
 }

@@ -17,6 +17,7 @@ use hugepages::Arena;
 
 use crate::codec::{DecodeError, decode_command, encode};
 use crate::doorbell::line_pair;
+use crate::gpu::GpuMemory;
 use crate::handshake::{FromClient, FromDataPlane, HandshakeError, datagram, parse, refusal};
 use crate::listener::Limits;
 use crate::message::{Command, Completion, MAX_STATS_BYTES, cut_text};
@@ -79,6 +80,15 @@ pub enum SocketEvent {
         id: u32,
         /// Its memory, mapped.
         arena: Arc<Arena>,
+    },
+    /// The client lends GPU memory, as described found sound. Open it, and then call [`ServerSession::answer_gpu`].
+    GpuOffered {
+        /// To be given back with the answer.
+        token: u64,
+        /// What is lent.
+        memory: GpuMemory,
+        /// The host memory of a ring, mapped.
+        words: Option<Arc<Arena>>,
     },
     /// The client is gone: end its fetches as cancelled and drop the session.
     Closed {
@@ -176,10 +186,10 @@ impl ServerSession {
         self.work.commands.len()
     }
 
-    /// The memory of a registered region.
+    /// The memory of a registered region in host memory.
     #[must_use]
     pub fn region(&self, region: u32) -> Option<&Arc<Arena>> {
-        self.work.regions.get(&region).map(|region| &region.arena)
+        self.work.regions.get(&region)?.arena()
     }
 
     /// Reads what waits on the socket: the handshake, regions, the client's end.
@@ -221,7 +231,10 @@ impl ServerSession {
             FromClient::Hello { name } => self.welcome(name).map(|()| None),
             FromClient::Attached => self.attach().map(Some),
             FromClient::Register { token, bytes } if self.is_attached() => self.register(token, bytes, fds),
-            FromClient::Register { .. } => {
+            FromClient::RegisterGpu { token, memory } if self.is_attached() => {
+                self.offer_gpu(token, memory, fds)
+            }
+            FromClient::Register { .. } | FromClient::RegisterGpu { .. } => {
                 Err(SessionError::Order("a region before the session is attached"))
             }
         }
@@ -260,14 +273,44 @@ impl ServerSession {
                 FromDataPlane::Registered { token, region: id },
                 Some(SocketEvent::RegionRegistered { id, arena }),
             ),
-            Err(error) => {
-                let mut reason = error.to_string();
-                cut_text(&mut reason);
-                (FromDataPlane::RegionRefused { token, reason }, None)
-            }
+            Err(error) => (region_refused(token, error.to_string()), None),
         };
         self.stream.send(&datagram(&answer), &[])?;
         Ok(event)
+    }
+
+    fn offer_gpu(
+        &mut self,
+        token: u64,
+        memory: GpuMemory,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<SocketEvent>, SessionError> {
+        match self.work.check_gpu(&memory, fds) {
+            Ok(words) => Ok(Some(SocketEvent::GpuOffered { token, memory, words })),
+            Err(error) => {
+                self.stream.send(&datagram(&region_refused(token, error.to_string())), &[])?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Answers [`SocketEvent::GpuOffered`]: with the memory, now open, or with why it is not. Returns the region's
+    /// number, if it has one.
+    ///
+    /// # Errors
+    /// When the client does not read its socket: drop the session.
+    pub fn answer_gpu(
+        &mut self,
+        token: u64,
+        opened: Result<GpuMemory, String>,
+    ) -> Result<Option<u32>, SessionError> {
+        let region = opened.and_then(|memory| self.work.add_gpu(memory).map_err(|error| error.to_string()));
+        let (answer, id) = match region {
+            Ok(region) => (FromDataPlane::Registered { token, region }, Some(region)),
+            Err(reason) => (region_refused(token, reason), None),
+        };
+        self.stream.send(&datagram(&answer), &[])?;
+        Ok(id)
     }
 
     /// The next command. It has been checked: counts, timeouts, its region and every place in it, that its id is
@@ -384,4 +427,9 @@ impl ServerSession {
             State::Greeting(_) | State::Offered { .. } => self.greeting.alive(0, now_ns, limit),
         }
     }
+}
+
+fn region_refused(token: u64, mut reason: String) -> FromDataPlane {
+    cut_text(&mut reason);
+    FromDataPlane::RegionRefused { token, reason }
 }

@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use hugepages::{AdoptError, Arena};
+use hugepages::{AdoptError, Arena, PageSize};
 
-use crate::check::CommandError;
+use crate::check::{CommandError, RegionView};
+use crate::gpu::{GpuMemory, GpuMemoryError};
+use crate::gpu_ring::ring_words_bytes;
 use crate::listener::Limits;
 use crate::message::{Command, Completion};
 
@@ -24,6 +26,12 @@ pub(crate) enum RegionError {
     Descriptors { fds: usize },
     #[error("the region's memory cannot be used: {0}")]
     Adopt(#[from] AdoptError),
+    #[error(transparent)]
+    Gpu(#[from] GpuMemoryError),
+    #[error(
+        "a ring comes with one descriptor, of its host memory, and pages with none; this came with {fds}"
+    )]
+    GpuDescriptors { fds: usize },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,14 +44,38 @@ enum Kind {
 
 #[derive(Debug)]
 pub(crate) struct Region {
-    pub(crate) arena: Arc<Arena>,
+    memory: Memory,
     /// Fetches under way into it.
     fetches: u32,
 }
 
+#[derive(Debug)]
+enum Memory {
+    Host(Arc<Arena>),
+    Gpu(Arc<GpuMemory>),
+}
+
 impl Region {
+    /// Host memory that it takes.
     fn bytes(&self) -> u64 {
-        self.arena.bytes() as u64
+        self.arena().map_or(0, |arena| arena.bytes() as u64)
+    }
+
+    pub(crate) fn arena(&self) -> Option<&Arc<Arena>> {
+        match &self.memory {
+            Memory::Host(arena) => Some(arena),
+            Memory::Gpu(_) => None,
+        }
+    }
+
+    fn view(&self) -> RegionView<'_> {
+        match &self.memory {
+            Memory::Host(arena) => RegionView::Host(arena.bytes() as u64),
+            Memory::Gpu(memory) => match &**memory {
+                GpuMemory::Pages(kv) => RegionView::Pages(kv),
+                GpuMemory::Ring(ring) => RegionView::Ring(ring),
+            },
+        }
     }
 }
 
@@ -75,17 +107,53 @@ impl Work {
         let (Some(fd), None) = (fds.next(), fds.next()) else {
             return Err(RegionError::Descriptors { fds: count });
         };
-        if self.regions.len() >= self.limits.regions || self.next_region == u32::MAX {
-            return Err(RegionError::TooMany { limit: self.limits.regions });
-        }
+        self.check_room()?;
         let used: u64 = self.regions.values().map(Region::bytes).sum();
         let left = self.limits.region_bytes.saturating_sub(used);
         let size = usize::try_from(bytes).ok().filter(|_| bytes <= left);
         let arena = Arena::from_fd(fd, size.ok_or(RegionError::TooMuch { bytes, left })?)?;
-        let (id, arena) = (self.next_region, Arc::new(arena));
+        let arena = Arc::new(arena);
+        Ok((self.insert(Memory::Host(Arc::clone(&arena))), arena))
+    }
+
+    fn check_room(&self) -> Result<(), RegionError> {
+        if self.regions.len() >= self.limits.regions || self.next_region == u32::MAX {
+            return Err(RegionError::TooMany { limit: self.limits.regions });
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, memory: Memory) -> u32 {
+        let id = self.next_region;
         self.next_region += 1;
-        self.regions.insert(id, Region { arena: Arc::clone(&arena), fetches: 0 });
-        Ok((id, arena))
+        self.regions.insert(id, Region { memory, fetches: 0 });
+        id
+    }
+
+    /// Judges GPU memory as described, and maps what comes with a ring.
+    pub(crate) fn check_gpu(
+        &self,
+        memory: &GpuMemory,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<Arc<Arena>>, RegionError> {
+        self.check_room()?;
+        memory.check()?;
+        let count = fds.len();
+        let mut fds = fds.into_iter();
+        match (memory, fds.next(), fds.next()) {
+            (GpuMemory::Pages(_), None, None) => Ok(None),
+            (GpuMemory::Ring(ring), Some(fd), None) => {
+                let bytes = ring_words_bytes(ring.entries).next_multiple_of(PageSize::Base.bytes());
+                Ok(Some(Arc::new(Arena::from_fd(fd, bytes)?)))
+            }
+            _ => Err(RegionError::GpuDescriptors { fds: count }),
+        }
+    }
+
+    /// Numbers GPU memory that has been opened.
+    pub(crate) fn add_gpu(&mut self, memory: GpuMemory) -> Result<u32, RegionError> {
+        self.check_room()?;
+        Ok(self.insert(Memory::Gpu(Arc::new(memory))))
     }
 
     /// Takes a command into the books, or says why not. `false`: there is nothing to do, a cancel of what has
@@ -101,7 +169,7 @@ impl Work {
         if self.commands.len() >= self.limits.commands {
             return Err(CommandError::TooManyCommands { limit: self.limits.commands });
         }
-        command.check(|region| self.regions.get(&region).map(Region::bytes))?;
+        command.check(|region| self.regions.get(&region).map(Region::view))?;
         let kind = match *command {
             Command::Fetch { region, .. } => {
                 if let Some(region) = self.regions.get_mut(&region) {

@@ -2,12 +2,13 @@
 
 use control::codec::{decode_command, decode_completion, encode};
 use control::message::{
-    MAX_CHUNKS_PER_FETCH, MAX_KEYS_PER_LOOKUP, MAX_MESSAGE_BYTES, MAX_STATS_BYTES, MAX_TEXT_BYTES,
-    MAX_TIMEOUT_MS,
+    MAX_CHUNKS_PER_FETCH, MAX_KEYS_PER_LOOKUP, MAX_MESSAGE_BYTES, MAX_PAGES_PER_FETCH, MAX_STATS_BYTES,
+    MAX_TEXT_BYTES, MAX_TIMEOUT_MS,
 };
 use control::{
-    ChunkPlace, Codec, Command, CommandError, Completion, DecodeError, Dtype, Layout, Missing, MissingReason,
-    Outcome, Shape,
+    ChunkPlace, Codec, Command, CommandError, Completion, DecodeError, DeviceUuid, Dtype, ElementType,
+    GpuAllocation, IpcHandle, LayerBase, Layout, Missing, MissingReason, Outcome, PageStrides, PagedKv,
+    PlaneBase, RegionView, RingKv, Shape, Target,
 };
 use proptest::prelude::*;
 
@@ -18,11 +19,52 @@ fn fetch(chunks: Vec<ChunkPlace>) -> Command {
         id: u64::MAX,
         timeout_ms: MAX_TIMEOUT_MS,
         region: u32::MAX,
-        layout: Layout::chunked(&SHAPE, 256),
+        to: Target::Host { layout: Layout::chunked(&SHAPE, 256), out_dtype: Dtype::F16 },
         shape: SHAPE,
-        out_dtype: Dtype::F16,
         chunks,
         progress: true,
+    }
+}
+
+fn fetch_to(to: Target, chunks: Vec<ChunkPlace>) -> Command {
+    let Command::Fetch { id, timeout_ms, region, shape, progress, .. } = fetch(vec![]) else {
+        unreachable!()
+    };
+    Command::Fetch { id, timeout_ms, region, to, shape, chunks, progress }
+}
+
+/// A cache of 10 pages of 16 tokens, of the shape above.
+fn cache() -> PagedKv {
+    let strides = PageStrides::nhd(16, 2, 4, ElementType::Bf16);
+    let base = |offset| PlaneBase::new(0, offset);
+    PagedKv {
+        device: DeviceUuid([3; 16]),
+        allocations: vec![GpuAllocation { handle: IpcHandle::new([9; 64]), bytes: 4 * 10 * strides.page }],
+        element: ElementType::Bf16,
+        page_tokens: 16,
+        pages: 10,
+        kv_heads: 2,
+        head_dim: 4,
+        k: strides,
+        v: strides,
+        layers: (0..2)
+            .map(|layer| LayerBase {
+                k: base(layer * 20 * strides.page),
+                v: base((layer * 20 + 10) * strides.page),
+            })
+            .collect(),
+    }
+}
+
+fn ring() -> RingKv {
+    RingKv {
+        device: DeviceUuid([3; 16]),
+        allocation: GpuAllocation { handle: IpcHandle::new([9; 64]), bytes: 1024 },
+        element: ElementType::F16,
+        offset: 0,
+        entry_bytes: 512,
+        entries: 2,
+        generation: 0,
     }
 }
 
@@ -32,7 +74,10 @@ fn commands() -> impl Strategy<Value = Command> {
     prop_oneof![
         (any::<u64>(), prop::collection::vec(any::<[u8; 32]>(), 0..20), any::<u32>())
             .prop_map(|(id, keys, timeout_ms)| Command::Lookup { id, keys, timeout_ms }),
-        prop::collection::vec(place, 0..20).prop_map(fetch),
+        prop::collection::vec(place.clone(), 0..20).prop_map(fetch),
+        (prop::collection::vec(any::<u32>(), 0..20), prop::collection::vec(place.clone(), 0..4))
+            .prop_map(|(table, chunks)| fetch_to(Target::Pages { table }, chunks)),
+        prop::collection::vec(place, 0..4).prop_map(|chunks| fetch_to(Target::Ring, chunks)),
         any::<u64>().prop_map(|id| Command::Cancel { id }),
         any::<(u64, u32)>().prop_map(|(id, region)| Command::Unregister { id, region }),
         any::<u64>().prop_map(|id| Command::Stats { id }),
@@ -98,7 +143,10 @@ proptest! {
         if let Ok(command) = decode_command(&bytes) {
             encode(&command, &mut again);
             prop_assert_eq!(decode_command(&again), Ok(command.clone()));
-            let _ = command.check(|_| Some(1 << 20));
+            let (cache, ring) = (cache(), ring());
+            for view in [RegionView::Host(1 << 20), RegionView::Pages(&cache), RegionView::Ring(&ring)] {
+                let _ = command.check(|_| Some(view));
+            }
         }
         if let Ok(completion) = decode_completion(&bytes) {
             encode(&completion, &mut again);
@@ -114,7 +162,9 @@ proptest! {
         let at = at.index(bytes.len());
         bytes[at] = value;
         if let Ok(command) = decode_command(&bytes) {
-            let _ = command.check(|region| (region == u32::MAX).then_some(4096));
+            let cache = cache();
+            let _ = command.check(|region| (region == u32::MAX).then_some(RegionView::Host(4096)));
+            let _ = command.check(|_| Some(RegionView::Pages(&cache)));
         }
     }
 }
@@ -139,7 +189,9 @@ fn the_longest_messages_fit() {
         timeout_ms: MAX_TIMEOUT_MS,
     };
     let mut bytes = Vec::new();
-    for command in [fetch(vec![place; MAX_CHUNKS_PER_FETCH]), lookup] {
+    let pages = Target::Pages { table: vec![u32::MAX; MAX_PAGES_PER_FETCH] };
+    let paged = fetch_to(pages, vec![place; MAX_CHUNKS_PER_FETCH]);
+    for command in [fetch(vec![place; MAX_CHUNKS_PER_FETCH]), paged, lookup] {
         encode(&command, &mut bytes);
         assert!(bytes.len() <= MAX_MESSAGE_BYTES, "{}", bytes.len());
         assert_eq!(decode_command(&bytes), Ok(command));
@@ -215,7 +267,7 @@ fn completions_that_contradict_themselves_are_refused() {
 fn what_a_command_may_not_ask() {
     let place = ChunkPlace { key: [0; 32], tokens: 256, offset: 0 };
     let chunk_bytes = SHAPE.chunk_bytes(256);
-    let region = |region| (region == u32::MAX).then_some(chunk_bytes + 2);
+    let region = |region| (region == u32::MAX).then_some(RegionView::Host(chunk_bytes + 2));
     let check = |chunks| fetch(chunks).check(region);
     assert_eq!(check(vec![place]), Ok(()));
     assert_eq!(check(vec![ChunkPlace { offset: 2, ..place }]), Ok(()));
@@ -244,6 +296,48 @@ fn what_a_command_may_not_ask() {
     assert_eq!(lookup(vec![[0; 32]], 0), Err(CommandError::Timeout { timeout_ms: 0 }));
     let long = MAX_TIMEOUT_MS + 1;
     assert_eq!(lookup(vec![[0; 32]], long), Err(CommandError::Timeout { timeout_ms: long }));
+}
+
+#[test]
+fn page_tables_are_judged_before_anything_is_copied() {
+    let cache = cache();
+    assert_eq!(cache.check(), Ok(()));
+    let place = |tokens, offset| ChunkPlace { key: [0; 32], tokens, offset };
+    let check = |table: &[u32], place| {
+        fetch_to(Target::Pages { table: table.to_vec() }, vec![place])
+            .check(|_| Some(RegionView::Pages(&cache)))
+    };
+    assert_eq!(check(&[9, 0, 5], place(48, 0)), Ok(()));
+    assert_eq!(check(&[9, 0, 5], place(1, 47)), Ok(()));
+    let outside = |end| CommandError::OutsideTable { chunk: 0, end, pages: 3, page_tokens: 16 };
+    assert_eq!(check(&[9, 0, 5], place(48, 1)), Err(outside(49)));
+    assert_eq!(check(&[9, 0, 5], place(1, u64::MAX)), Err(outside(u64::MAX)));
+    assert_eq!(check(&[9, 10], place(1, 0)), Err(CommandError::Page { index: 1, page: 10, pages: 10 }));
+    assert_eq!(check(&[], place(1, 0)), Err(CommandError::PageCount { pages: 0 }));
+    let long = vec![0; MAX_PAGES_PER_FETCH + 1];
+    assert_eq!(check(&long, place(1, 0)), Err(CommandError::PageCount { pages: long.len() }));
+    assert_eq!(check(&[1], place(0, 0)), Err(CommandError::Tokens { chunk: 0, tokens: 0 }));
+
+    let other = PagedKv { head_dim: 8, ..cache.clone() };
+    let command = fetch_to(Target::Pages { table: vec![0] }, vec![place(1, 0)]);
+    let error = command.check(|_| Some(RegionView::Pages(&other))).unwrap_err();
+    assert!(matches!(error, CommandError::OtherShape { head_dim: 8, .. }), "{error}");
+
+    let to_ring = fetch_to(Target::Ring, vec![place(32, 0), place(33, 0)]);
+    let small = Err(CommandError::EntryTooSmall { chunk: 1, plane_bytes: 33 * 16, entry_bytes: 512 });
+    let ring = ring();
+    assert_eq!(to_ring.check(|_| Some(RegionView::Ring(&ring))), small);
+
+    // What is for one kind of memory is refused by the others.
+    let views = [RegionView::Host(1 << 30), RegionView::Pages(&cache), RegionView::Ring(&ring)];
+    let commands = [fetch(vec![place(1, 0)]), command, fetch_to(Target::Ring, vec![place(1, 0)])];
+    for (index, command) in commands.iter().enumerate() {
+        for (other, view) in views.iter().enumerate() {
+            let checked = command.check(|_| Some(*view));
+            assert_eq!(checked.is_ok(), index == other, "{checked:?}");
+            assert!(index == other || matches!(checked, Err(CommandError::OtherKind { .. })));
+        }
+    }
 }
 
 #[test]

@@ -12,8 +12,10 @@ use control::message::MAX_STATS_BYTES;
 use control::session::{Endpoint, Side, open};
 use control::socket::{Stream, connect};
 use control::{
-    AttachError, BindError, ChunkPlace, ClientSession, ClientSessionError, Command, Completion, Dtype,
-    Layout, Limits, Listener, Outcome, Sent, ServerSession, SessionError, Shape, SocketError, SocketEvent,
+    AttachError, BindError, ChunkPlace, ClientSession, ClientSessionError, Command, Completion, DeviceUuid,
+    Dtype, ElementType, GpuAllocation, GpuMemory, IpcHandle, LayerBase, Layout, Limits, Listener, Outcome,
+    PageStrides, PagedKv, PlaneBase, RingConsumer, RingKv, Sent, ServerSession, SessionError, Shape,
+    SocketError, SocketEvent, Target, ring_words_bytes,
 };
 use hugepages::{Arena, ArenaConfig, PageChoice};
 
@@ -86,9 +88,8 @@ fn fetch(id: u64, region: u32) -> Command {
         id,
         timeout_ms: 100,
         region,
-        layout: Layout::chunked(&SHAPE, 256),
+        to: Target::Host { layout: Layout::chunked(&SHAPE, 256), out_dtype: Dtype::Bf16 },
         shape: SHAPE,
-        out_dtype: Dtype::Bf16,
         chunks: vec![ChunkPlace { key: [1; 32], tokens: 256, offset: 0 }],
         progress: true,
     }
@@ -358,7 +359,8 @@ fn another_version_is_told_apart() {
     // And the client, if it were of that version, would read ours from the refusal.
     let mut answer = Vec::new();
     assert!(stream.receive(&mut answer).unwrap().is_some());
-    assert_eq!(answer[4..8], [1, 0, 1, 0]);
+    let [low, high] = control::VERSION.to_le_bytes();
+    assert_eq!(answer[4..8], [low, high, 1, 0]);
     answer[4] = 9;
     let parsed = parse::<FromDataPlane>(&answer);
     assert_eq!(parsed, Err(HandshakeError::Version { theirs: 9 }));
@@ -564,4 +566,138 @@ fn descriptors_are_closed_on_exec() {
     {
         assert!(rustix::io::fcntl_getfd(fd).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
     }
+}
+
+fn pages() -> PagedKv {
+    let strides = PageStrides::nhd(16, 1, 2, ElementType::Bf16);
+    let handle = IpcHandle::new([7; 64]);
+    PagedKv {
+        device: DeviceUuid([5; 16]),
+        allocations: vec![GpuAllocation { handle, bytes: 8 * strides.page }],
+        element: ElementType::Bf16,
+        page_tokens: 16,
+        pages: 4,
+        kv_heads: 1,
+        head_dim: 2,
+        k: strides,
+        v: strides,
+        layers: vec![LayerBase { k: PlaneBase::new(0, 0), v: PlaneBase::new(0, 4 * strides.page) }],
+    }
+}
+
+fn gpu_reply(
+    server: &mut ServerSession,
+    client: &mut ClientSession,
+    opened: Result<(), String>,
+) -> Result<u32, String> {
+    for event in server.handle_socket().unwrap() {
+        let SocketEvent::GpuOffered { token, memory, words } = event else { panic!("{event:?}") };
+        assert_eq!(words.is_some(), matches!(memory, GpuMemory::Ring(_)));
+        server.answer_gpu(token, opened.clone().map(|()| memory)).unwrap();
+    }
+    let reply = client.handle_socket().unwrap().expect("an answer");
+    assert_eq!(reply.token, 78);
+    reply.result
+}
+
+#[test]
+fn gpu_memory_is_offered_opened_and_used() {
+    let place = Place::new();
+    let listener = Listener::bind(place.path(), 0o600, None).unwrap().with_limits(Limits::default());
+    let (mut client, mut server) = attached(&listener);
+    let kv = pages();
+    client.register_gpu(78, &GpuMemory::Pages(kv.clone()), None).unwrap();
+    let region = gpu_reply(&mut server, &mut client, Ok(())).unwrap();
+    assert!(server.region(region).is_none(), "it is not host memory");
+    let to_pages = |id, table: Vec<u32>| {
+        let Command::Fetch { timeout_ms, shape, progress, .. } = fetch(id, region) else { unreachable!() };
+        let chunks = vec![ChunkPlace { key: [1; 32], tokens: 20, offset: 0 }];
+        Command::Fetch { id, timeout_ms, region, to: Target::Pages { table }, shape, chunks, progress }
+    };
+    for command in [to_pages(1, vec![3, 0]), to_pages(2, vec![3, 4]), fetch(3, region)] {
+        assert_eq!(client.send(&command).unwrap(), Sent::Sent);
+    }
+    let Some(Command::Fetch { id: 1, to: Target::Pages { table }, .. }) = server.next_command().unwrap()
+    else {
+        panic!("the first is sound")
+    };
+    assert_eq!(table, [3, 0]);
+    assert!(server.next_command().unwrap().is_none());
+    let (id, reason) = refusal(&mut client);
+    assert!(id == 2 && reason.contains("names page 4 of a cache of 4 pages"), "{reason}");
+    let _ = server.next_command().unwrap();
+    let (id, reason) = refusal(&mut client);
+    assert!(id == 3 && reason.contains("is a paged KV cache"), "{reason}");
+    assert_eq!(client.send(&Command::Unregister { id: 4, region }).unwrap(), Sent::Sent);
+    let _ = server.next_command().unwrap();
+    let (id, reason) = refusal(&mut client);
+    assert!(id == 4 && reason.contains("still receives 1 fetches"), "{reason}");
+
+    client.register_gpu(78, &GpuMemory::Pages(kv), None).unwrap();
+    let refused = gpu_reply(&mut server, &mut client, Err("no such GPU".into()));
+    assert_eq!(refused, Err("no such GPU".into()));
+}
+
+#[test]
+fn gpu_memory_as_no_correct_client_describes_it() {
+    let place = Place::new();
+    let listener = Listener::bind(place.path(), 0o600, None)
+        .unwrap()
+        .with_limits(Limits { regions: 1, ..Limits::default() });
+    let (mut client, mut server) = attached(&listener);
+    let words = |entries: u32| {
+        let bytes = ring_words_bytes(entries);
+        Arc::new(
+            Arena::new(ArenaConfig { name: "ring", bytes, page: PageChoice::Base, numa_node: None }).unwrap(),
+        )
+    };
+    let ring = RingKv {
+        device: DeviceUuid([5; 16]),
+        allocation: GpuAllocation { handle: IpcHandle::new([7; 64]), bytes: 1024 },
+        element: ElementType::Bf16,
+        offset: 0,
+        entry_bytes: 256,
+        entries: 4,
+        generation: 3,
+    };
+    let good = words(4);
+    RingConsumer::create(Arc::clone(&good), 4, 256, 3).unwrap();
+    let mut outside = pages();
+    outside.layers[0].v.offset += 2;
+    let cases: [(GpuMemory, Option<&Arena>, &str); 6] = [
+        (GpuMemory::Pages(outside), None, "would end at byte"),
+        (GpuMemory::Pages(pages()), Some(&good), "pages with none; this came with 1"),
+        (GpuMemory::Ring(ring.clone()), None, "this came with 0"),
+        (GpuMemory::Ring(RingKv { entries: 0, ..ring.clone() }), Some(&good), "0 entries"),
+        (GpuMemory::Ring(RingKv { entry_bytes: !255, ..ring.clone() }), Some(&good), "does not fit"),
+        (
+            GpuMemory::Ring(RingKv { entries: 1000, entry_bytes: 0, ..ring.clone() }),
+            Some(&good),
+            "multiple of 256",
+        ),
+    ];
+    for (memory, arena, expected) in cases {
+        client.register_gpu(78, &memory, arena).unwrap();
+        let reason = gpu_reply(&mut server, &mut client, Ok(())).unwrap_err();
+        assert!(reason.contains(expected), "{reason}");
+    }
+    client.register_gpu(78, &GpuMemory::Ring(ring), Some(&good)).unwrap();
+    gpu_reply(&mut server, &mut client, Ok(())).unwrap();
+    client.register_gpu(78, &GpuMemory::Pages(pages()), None).unwrap();
+    let reason = gpu_reply(&mut server, &mut client, Ok(())).unwrap_err();
+    assert!(reason.contains("1 regions are registered"), "{reason}");
+}
+
+#[test]
+fn the_largest_description_fits_a_datagram() {
+    let mut kv = pages();
+    kv.layers = vec![LayerBase { k: PlaneBase::new(511, u64::MAX), v: PlaneBase::new(511, u64::MAX) }; 512];
+    kv.allocations = vec![GpuAllocation { handle: IpcHandle::new([255; 64]), bytes: u64::MAX }; 512];
+    let bytes = datagram(&FromClient::RegisterGpu { token: u64::MAX, memory: GpuMemory::Pages(kv.clone()) });
+    assert!(bytes.len() <= control::handshake::MAX_SOCKET_BYTES, "{}", bytes.len());
+    let place = Place::new();
+    let listener = Listener::bind(place.path(), 0o600, None).unwrap().with_limits(Limits::default());
+    let (client, mut server) = attached(&listener);
+    client.register_gpu(78, &GpuMemory::Pages(kv), None).unwrap();
+    assert_eq!(server.handle_socket().unwrap().len(), 0, "read whole, and refused");
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use hugepages::PageChoice;
 use iface::IfaceConfig;
 
+use crate::gpu::GpuConfig;
 use crate::placement::Placement;
 
 /// Everything that the flags of `shadowserve dataplane` say.
@@ -46,6 +47,8 @@ pub struct Config {
     pub rto_min: Duration,
     /// How long an idle lcore naps; zero never.
     pub idle_sleep: Duration,
+    /// The GPUs to deliver to.
+    pub gpu: GpuConfig,
 }
 
 /// Why the data plane cannot run as configured.

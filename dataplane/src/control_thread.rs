@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use control::{BEAT_INTERVAL_MS, Command, Completion, Listener, Sent, ServerSession, SocketEvent};
+use control::{BEAT_INTERVAL_MS, Command, Completion, GpuMemory, Listener, Sent, ServerSession, SocketEvent};
 use dpdk::Eal;
+use hugepages::Arena;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
-use crate::fetches::{Fetches, Owner};
+use crate::fetches::{Fetches, Owner, RegionMemory};
+use crate::gpu::Gpus;
 use crate::metrics;
 use crate::pipeline::Pipeline;
 
@@ -34,6 +36,8 @@ struct Client {
     /// Completions that found its ring full, oldest first.
     unsent: VecDeque<Completion>,
     stalled: bool,
+    /// Its GPU memory, open, by the region's number.
+    gpu: BTreeMap<u32, RegionMemory>,
 }
 
 /// The control thread's state.
@@ -41,6 +45,7 @@ pub(crate) struct ControlThread<'a> {
     pub(crate) listener: Listener,
     pub(crate) pipeline: &'a Pipeline,
     pub(crate) fetches: Fetches,
+    gpus: &'a Gpus,
     clients: BTreeMap<u64, Client>,
     next_session: u64,
     /// Commands that asked for statistics.
@@ -49,11 +54,12 @@ pub(crate) struct ControlThread<'a> {
 }
 
 impl<'a> ControlThread<'a> {
-    pub(crate) fn new(listener: Listener, pipeline: &'a Pipeline, fetches: Fetches) -> Self {
+    pub(crate) fn new(listener: Listener, pipeline: &'a Pipeline, fetches: Fetches, gpus: &'a Gpus) -> Self {
         Self {
             listener,
             pipeline,
             fetches,
+            gpus,
             clients: BTreeMap::new(),
             next_session: 0,
             stats_for: Vec::new(),
@@ -63,7 +69,7 @@ impl<'a> ControlThread<'a> {
 
     /// Serves clients until `stop`, then ends what is under way as cancelled.
     pub(crate) fn run(&mut self, eal: &Eal, stop: &AtomicBool) {
-        while !stop.load(Ordering::Relaxed) && self.lcores_run(eal) {
+        while !stop.load(Ordering::Relaxed) && self.lcores_run(eal) && self.gpus_work() {
             self.pass(true);
             self.sleep();
         }
@@ -84,6 +90,15 @@ impl<'a> ControlThread<'a> {
             warn!("an lcore has ended unexpectedly; the data plane stops");
         }
         all
+    }
+
+    /// After some errors no call on a GPU succeeds any more, and what is in its memory is unknown.
+    fn gpus_work(&self) -> bool {
+        let lost = self.gpus.health.lost();
+        if let Some(error) = lost {
+            warn!("a GPU is lost ({error}); the data plane stops: start it again");
+        }
+        lost.is_none()
     }
 
     fn pass(&mut self, accepting: bool) {
@@ -112,8 +127,9 @@ impl<'a> ControlThread<'a> {
             Ok(Some(mut session)) => {
                 session.set_sleeping(false);
                 self.next_session += 1;
-                self.clients
-                    .insert(self.next_session, Client { session, unsent: VecDeque::new(), stalled: false });
+                let client =
+                    Client { session, unsent: VecDeque::new(), stalled: false, gpu: BTreeMap::new() };
+                self.clients.insert(self.next_session, client);
             }
             Ok(None) => {}
             Err(error) => warn!("a client could not be taken: {error}"),
@@ -132,6 +148,9 @@ impl<'a> ControlThread<'a> {
                 SocketEvent::RegionRegistered { id, arena } => {
                     debug!("client {number} registered region {id}, {} bytes", arena.bytes());
                 }
+                SocketEvent::GpuOffered { token, memory, words } => {
+                    client.open_gpu(number, self.gpus, token, memory, words)?;
+                }
                 SocketEvent::Closed { reason } => return Err(reason),
             }
         }
@@ -146,10 +165,14 @@ impl<'a> ControlThread<'a> {
                     self.stats_for.push(owner);
                     self.fetches.ask_latencies();
                 }
-                Command::Unregister { id, .. } => client.complete(Completion::Unregistered { id })?,
+                Command::Unregister { id, region } => {
+                    client.gpu.remove(&region);
+                    client.complete(Completion::Unregistered { id })?;
+                }
                 Command::Fetch { region, .. } => {
-                    let region = client.session.region(region).map(Arc::clone);
-                    self.fetches.admit(now_ns, number, command, region.as_ref());
+                    let host = client.session.region(region).map(Arc::clone).map(RegionMemory::Host);
+                    let region = host.or_else(|| client.gpu.get(&region).cloned());
+                    self.fetches.admit(now_ns, number, command, region);
                 }
                 Command::Lookup { .. } | Command::Cancel { .. } => {
                     self.fetches.admit(now_ns, number, command, None);
@@ -189,7 +212,7 @@ impl<'a> ControlThread<'a> {
             return;
         }
         let Some(latencies) = self.fetches.latencies() else { return };
-        let json = metrics::report(self.pipeline, latencies, self.clients.len()).to_string();
+        let json = metrics::report(self.pipeline, self.gpus, latencies, self.clients.len()).to_string();
         for owner in std::mem::take(&mut self.stats_for) {
             self.complete(owner, Completion::Stats { id: owner.command, json: json.clone() });
         }
@@ -244,6 +267,28 @@ impl<'a> ControlThread<'a> {
 }
 
 impl Client {
+    /// Opens GPU memory that the client lends and tells it. The error is that of its socket.
+    fn open_gpu(
+        &mut self,
+        number: u64,
+        gpus: &Gpus,
+        token: u64,
+        memory: GpuMemory,
+        words: Option<Arc<Arena>>,
+    ) -> Result<(), String> {
+        let opened = gpus.open(&memory, words);
+        let answer = opened.as_ref().map(|_| memory).map_err(ToString::to_string);
+        if let Err(reason) = &answer {
+            info!("client {number}: GPU memory refused: {reason}");
+        }
+        let region = self.session.answer_gpu(token, answer).map_err(|error| error.to_string())?;
+        if let (Some(region), Ok(opened)) = (region, opened) {
+            debug!("client {number} registered GPU region {region}");
+            self.gpu.insert(region, opened);
+        }
+        Ok(())
+    }
+
     fn complete(&mut self, completion: Completion) -> Result<(), String> {
         self.unsent.push_back(completion);
         self.send_unsent()

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use compress::{DecodeError, Decoder, Offload, Section, Untaken};
 use dpdk::Ring;
+use gpu_dma::paged;
 use hugepages::Slot;
 use iface::{Clock, Counter, Stage};
 
@@ -63,9 +64,22 @@ pub(crate) struct DecodeDevice {
     pub(crate) counters: Arc<OffloadCounters>,
 }
 
+/// A decoder and what it needs to put planes in the order of pages.
+pub(crate) struct PlaneDecoder {
+    decoder: Decoder,
+    /// A decoded plane before it is put in that order; in cache, as everything here.
+    unordered: Vec<u8>,
+}
+
+impl PlaneDecoder {
+    pub(crate) fn new(slot_bytes: usize) -> Self {
+        Self { decoder: Decoder::new(slot_bytes), unordered: vec![0; slot_bytes] }
+    }
+}
+
 /// One decoder.
 pub(crate) struct DecodeStage {
-    pub(crate) decoder: Decoder,
+    pub(crate) decoder: PlaneDecoder,
     pub(crate) device: Option<DecodeDevice>,
     pub(crate) rings: DecodeRings,
     pub(crate) clock: Clock,
@@ -231,7 +245,7 @@ fn outcome_of(error: &DecodeError) -> PlaneOutcome {
 
 /// [`PlaneOutcome::Pending`] if the slot now holds the decoded plane. `section` is what a device made of the plane's section.
 fn decode_into(
-    decoder: &mut Decoder,
+    PlaneDecoder { decoder, unordered }: &mut PlaneDecoder,
     job: &mut PlaneJob,
     slot: &mut Slot,
     section: Option<&[u8]>,
@@ -242,14 +256,23 @@ fn decode_into(
     if !fetch.expects(job.chunk, shape) {
         return PlaneOutcome::OtherShape;
     }
-    let bytes = shape.plane_bytes();
-    let Some(out) = slot.as_mut_slice().get_mut(..bytes) else { return PlaneOutcome::Undecodable };
+    let out_dtype = fetch.out_dtype(job.plane);
+    let bytes = shape.elements_per_plane() * out_dtype.bytes();
+    let (Some(slot), Some(unordered)) = (slot.as_mut_slice().get_mut(..bytes), unordered.get_mut(..bytes))
+    else {
+        return PlaneOutcome::Undecodable;
+    };
+    let by_page = fetch.by_page(job.chunk);
+    let out = if by_page.is_some() { &mut *unordered } else { &mut *slot };
     let decoded = match section {
-        None => decoder.decode_segments(shape, entry, job.pieces(), fetch.dtype, out),
-        Some(section) => decoder.decode_decompressed(shape, entry, job.pieces(), section, fetch.dtype, out),
+        None => decoder.decode_segments(shape, entry, job.pieces(), out_dtype, out),
+        Some(section) => decoder.decode_decompressed(shape, entry, job.pieces(), section, out_dtype, out),
     };
     match decoded {
         Ok(()) => {
+            if let Some((memory, first_token)) = by_page {
+                paged::by_page(memory.kv(), first_token, shape.tokens, unordered, slot);
+            }
             job.decoded_bytes = bytes;
             PlaneOutcome::Pending
         }

@@ -28,20 +28,24 @@ pub(crate) struct DmaStage<S> {
 
 impl<S: Sink<Box<PlaneJob>>> Stage for DmaStage<S> {
     fn poll(&mut self, _now_ns: u64) -> usize {
-        self.take_decoded();
+        let taken = self.take_decoded();
         if !self.offered.is_empty() {
             self.sink.submit(&mut self.offered);
-            self.sink.flush();
         }
-        self.finish()
+        if self.sink.in_flight() == 0 {
+            return taken;
+        }
+        self.sink.flush();
+        taken + self.finish()
     }
 }
 
 impl<S: Sink<Box<PlaneJob>>> DmaStage<S> {
-    fn take_decoded(&mut self) {
+    fn take_decoded(&mut self) -> usize {
         if self.rings.decoded.is_empty() {
-            return;
+            return 0;
         }
+        let mut taken = 0;
         // On a lcore that decodes too, the loop's time is from before the decoding.
         let now_ns = self.clock.now_ns();
         while !self.offered.is_full()
@@ -51,11 +55,12 @@ impl<S: Sink<Box<PlaneJob>>> DmaStage<S> {
             let (Some(slot), Some(fetch)) = (job.slot.take(), job.fetch.as_ref()) else {
                 unreachable!("a decoded plane has its slot and its fetch");
             };
-            let placement = fetch.chunks[job.chunk].placement;
+            let to = fetch.destination(job.chunk);
             let plane = u32::try_from(job.plane).unwrap_or(u32::MAX);
-            let region = fetch.region.clone();
-            self.offered.push(Transfer { context: job, slot, region, placement, plane });
+            self.offered.push(Transfer { context: job, slot, to, plane });
+            taken += 1;
         }
+        taken
     }
 
     fn finish(&mut self) -> usize {
@@ -69,7 +74,7 @@ impl<S: Sink<Box<PlaneJob>>> DmaStage<S> {
             let mut job = done.context;
             job.times.dma_end_ns = now_ns;
             job.outcome =
-                if done.result.is_ok() { PlaneOutcome::Delivered } else { PlaneOutcome::Undecodable };
+                if done.result.is_ok() { PlaneOutcome::Delivered } else { PlaneOutcome::NotDelivered };
             let queue = job.queue;
             assert!(self.rings.returned[queue].enqueue(job).is_ok(), "the ring has room for every job");
         }

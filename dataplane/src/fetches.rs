@@ -5,14 +5,16 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use compress::Dtype;
+use control::Target;
 use control::{ChunkPlace, Command, Completion, Missing, MissingReason, Outcome};
 use dpdk::{RingReceiver, RingSender};
-use gpu_dma::{ChunkShape as SinkShape, Layout, Placement};
+use gpu_dma::{ChunkShape as SinkShape, Layout, PagedMemory, Placement, RingMemory};
 use hugepages::Arena;
 use protocol::{ChunkShape, Key, LookupOutcome};
 
 use crate::job::{
-    ChunkTarget, FetchPart, FetchShared, LookupAnswer, LookupPart, PartId, Progress, QueueMessage,
+    ChunkTarget, FetchPart, FetchShared, FetchTarget, LookupAnswer, LookupPart, PartId, Place, Progress,
+    QueueMessage,
 };
 use crate::latency::Latencies;
 
@@ -29,6 +31,14 @@ pub(crate) struct Owner {
     pub(crate) session: u64,
     /// The id that the client gave its command.
     pub(crate) command: u64,
+}
+
+/// The memory of a region that a client registered.
+#[derive(Debug, Clone)]
+pub(crate) enum RegionMemory {
+    Host(Arc<Arena>),
+    Pages(Arc<PagedMemory>),
+    Ring(Arc<RingMemory>),
 }
 
 /// Limits on what is admitted.
@@ -126,7 +136,13 @@ impl Fetches {
     }
 
     /// Takes up a command that `ServerSession` has checked; `region` is the memory that a fetch names.
-    pub(crate) fn admit(&mut self, now_ns: u64, session: u64, command: Command, region: Option<&Arc<Arena>>) {
+    pub(crate) fn admit(
+        &mut self,
+        now_ns: u64,
+        session: u64,
+        command: Command,
+        region: Option<RegionMemory>,
+    ) {
         let owner = Owner { session, command: command.id() };
         self.youngest_ns = now_ns;
         let deadline_ns = |timeout_ms: u32| now_ns.saturating_add(u64::from(timeout_ms) * 1_000_000);
@@ -136,11 +152,11 @@ impl Fetches {
                 let deadline_ns = deadline_ns(timeout_ms);
                 self.waiting.push_back(Waiting { owner, deadline_ns, work: Work::Lookup { keys } });
             }
-            Command::Fetch { timeout_ms, layout, shape, out_dtype, chunks, progress, .. } => {
-                let wanted = Wanted { layout, shape, out_dtype, chunks: &chunks };
+            Command::Fetch { id, timeout_ms, to, shape, chunks, progress, .. } => {
+                let wanted = Wanted { command: id, to, shape, chunks: &chunks };
                 match region
                     .ok_or_else(|| "the region is gone".to_owned())
-                    .and_then(|region| self.plan(region, &wanted))
+                    .and_then(|region| self.plan(&region, wanted))
                 {
                     Ok((shared, expect)) => {
                         let keys = chunks.iter().map(|chunk| Key(chunk.key)).collect();
@@ -162,9 +178,9 @@ impl Fetches {
     }
 
     /// Checks a fetch against the budgets and works out where its planes go.
-    fn plan(&self, region: &Arc<Arena>, wanted: &Wanted<'_>) -> Result<(FetchShared, ChunkShape), String> {
+    fn plan(&self, region: &RegionMemory, wanted: Wanted<'_>) -> Result<(FetchShared, ChunkShape), String> {
         let FetchLimits { chunks_per_fetch, plane_bytes, planes_per_chunk, .. } = self.limits;
-        let Wanted { layout, shape, out_dtype, chunks } = *wanted;
+        let Wanted { command, to, shape, chunks } = wanted;
         if chunks.len() > chunks_per_fetch {
             return Err(format!(
                 "{} chunks in one fetch exceed this data plane's limit of {chunks_per_fetch}: split the fetch, or start \
@@ -179,8 +195,6 @@ impl Fetches {
                 planes_per_chunk / 2
             ));
         }
-        let layout =
-            Layout { layer: layout.layer, side: layout.side, token: layout.token, head: layout.head };
         let target = |place: &ChunkPlace| {
             let shape = SinkShape {
                 layers: shape.layers,
@@ -195,14 +209,23 @@ impl Fetches {
                     shape.plane_bytes()
                 ));
             }
-            let placement = Placement::new(layout, shape, place.offset, region.bytes() as u64)
-                .map_err(|fault| fault.to_string())?;
-            Ok(ChunkTarget { placement })
+            let place = place_of(region, &to, shape, place)?;
+            Ok(ChunkTarget { shape, place })
         };
         let chunks = chunks.iter().map(target).collect::<Result<Vec<_>, String>>()?;
-        let dtype = match out_dtype {
-            control::Dtype::Bf16 => Dtype::Bf16,
-            control::Dtype::F16 => Dtype::F16,
+        let target = match (region, to) {
+            (RegionMemory::Host(region), Target::Host { out_dtype, .. }) => {
+                let dtype = match out_dtype {
+                    control::Dtype::Bf16 => Dtype::Bf16,
+                    control::Dtype::F16 => Dtype::F16,
+                };
+                FetchTarget::Host { region: Arc::clone(region), dtype }
+            }
+            (RegionMemory::Pages(memory), Target::Pages { table }) => {
+                FetchTarget::Pages { memory: Arc::clone(memory), table: table.into() }
+            }
+            (RegionMemory::Ring(memory), Target::Ring) => FetchTarget::Ring(Arc::clone(memory)),
+            _ => return Err(OTHER_KIND.to_owned()),
         };
         let stored = match shape.dtype {
             control::Dtype::Bf16 => Dtype::Bf16,
@@ -214,7 +237,7 @@ impl Fetches {
             head_dim: shape.head_dim,
             dtype: stored.wire(),
         };
-        let shared = FetchShared { region: Arc::clone(region), dtype, chunks, progress: Progress::default() };
+        let shared = FetchShared { target, command, chunks, progress: Progress::default() };
         Ok((shared, expect))
     }
 
@@ -441,12 +464,34 @@ impl Fetches {
 }
 
 /// What a fetch command says, apart from its region.
-#[derive(Clone, Copy)]
 struct Wanted<'a> {
-    layout: control::Layout,
+    command: u64,
+    to: Target,
     shape: control::Shape,
-    out_dtype: control::Dtype,
     chunks: &'a [ChunkPlace],
+}
+
+const OTHER_KIND: &str = "the region is of another kind than the fetch says";
+
+/// Where a chunk lies in a region. Pages and entries were checked with the command (`control::check`).
+fn place_of(
+    region: &RegionMemory,
+    to: &Target,
+    shape: SinkShape,
+    place: &ChunkPlace,
+) -> Result<Place, String> {
+    match (region, to) {
+        (RegionMemory::Host(region), Target::Host { layout, .. }) => {
+            let control::Layout { layer, side, token, head } = *layout;
+            let layout = Layout { layer, side, token, head };
+            Placement::new(layout, shape, place.offset, region.bytes() as u64)
+                .map(Place::At)
+                .map_err(|fault| fault.to_string())
+        }
+        (RegionMemory::Pages(_), Target::Pages { .. }) => Ok(Place::FirstToken(place.offset)),
+        (RegionMemory::Ring(_), Target::Ring) => Ok(Place::Next),
+        _ => Err(OTHER_KIND.to_owned()),
+    }
 }
 
 fn looked_up(id: u64, found: u32, encoded_bytes: u64, last: Option<protocol::ChunkInfo>) -> Completion {

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use compress::{Dtype, PlaneEntry, Shape};
-use control::MissingReason;
+use compress::{Dtype, OutDtype, PlaneEntry, Shape};
+use control::{ElementType, MissingReason};
 use dpdk::Mbuf;
-use gpu_dma::Placement;
+use gpu_dma::{ChunkShape as SinkShape, Destination, PagedMemory, Placement, RingMemory, SlotOrder};
 use hugepages::{Arena, Slot};
 use protocol::{ChunkFailure, ChunkInfo, ChunkShape, Key, LookupOutcome, TransferId};
 
@@ -16,9 +16,9 @@ use crate::latency::{Latencies, PlaneTimes};
 /// What one fetch wants, shared read-only by every stage, and how far it has come.
 pub(crate) struct FetchShared {
     /// Where its planes go.
-    pub(crate) region: Arc<Arena>,
-    /// Element type that the client wants.
-    pub(crate) dtype: Dtype,
+    pub(crate) target: FetchTarget,
+    /// What the client calls it.
+    pub(crate) command: u64,
     /// Its chunks, in the order that the client named them.
     pub(crate) chunks: Vec<ChunkTarget>,
     /// Progress, for whoever wants to know.
@@ -29,18 +29,98 @@ impl FetchShared {
     /// Whether a chunk as stored has the shape that the client made room for.
     pub(crate) fn expects(&self, chunk: usize, stored: &Shape) -> bool {
         self.chunks.get(chunk).is_some_and(|target| {
-            let expected = target.placement.shape();
+            let expected = &target.shape;
             (expected.layers, expected.tokens, expected.kv_heads, expected.head_dim)
                 == (stored.layers, stored.tokens, stored.kv_heads, stored.head_dim)
         })
     }
+
+    /// Where the planes of a chunk go.
+    pub(crate) fn destination(&self, chunk: usize) -> Destination {
+        let ChunkTarget { shape, place } = self.chunks[chunk];
+        match (&self.target, place) {
+            (FetchTarget::Host { region, .. }, Place::At(placement)) => {
+                Destination::Host { region: Arc::clone(region), placement }
+            }
+            (FetchTarget::Pages { memory, table }, Place::FirstToken(first_token)) => Destination::Pages {
+                memory: Arc::clone(memory),
+                table: Arc::clone(table),
+                first_token,
+                tokens: shape.tokens,
+            },
+            (FetchTarget::Ring(memory), Place::Next) => Destination::Ring {
+                memory: Arc::clone(memory),
+                fetch: self.command,
+                chunk: u32::try_from(chunk).unwrap_or(u32::MAX),
+                shape,
+            },
+            _ => unreachable!("a fetch is planned for one kind of memory"),
+        }
+    }
+
+    /// The element type that the client wants of a plane.
+    pub(crate) fn out_dtype(&self, plane: usize) -> OutDtype {
+        match &self.target {
+            FetchTarget::Host { dtype, .. } => OutDtype::from(*dtype),
+            FetchTarget::Pages { memory, .. } => {
+                let layer = memory.kv().layers.get(plane / 2);
+                let base = layer.map(|layer| if plane.is_multiple_of(2) { layer.k } else { layer.v });
+                out_dtype(memory.kv().element, base.map_or(1.0, |base| base.scale.get()))
+            }
+            FetchTarget::Ring(memory) => out_dtype(memory.ring().element, 1.0),
+        }
+    }
+
+    /// The cache and the chunk's first token in its page table, if a decoded plane is to be put in the order of pages.
+    pub(crate) fn by_page(&self, chunk: usize) -> Option<(&PagedMemory, u64)> {
+        match (&self.target, self.chunks.get(chunk)?.place) {
+            (FetchTarget::Pages { memory, .. }, Place::FirstToken(first))
+                if memory.order() == SlotOrder::Pages =>
+            {
+                Some((memory, first))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn out_dtype(element: ElementType, scale: f32) -> OutDtype {
+    match element {
+        ElementType::Bf16 => OutDtype::Bf16,
+        ElementType::F16 => OutDtype::F16,
+        ElementType::Fp8E4m3 => OutDtype::Fp8E4M3 { scale },
+    }
+}
+
+/// The memory that a fetch fills.
+#[derive(Debug, Clone)]
+pub(crate) enum FetchTarget {
+    /// Shared with this machine's CPUs, and the element type to write there.
+    Host { region: Arc<Arena>, dtype: Dtype },
+    /// A paged KV cache, and the pages of this fetch; checked against each other.
+    Pages { memory: Arc<PagedMemory>, table: Arc<[u32]> },
+    /// A ring.
+    Ring(Arc<RingMemory>),
 }
 
 /// One chunk of a fetch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ChunkTarget {
-    /// Where its planes go; checked against the region.
-    pub(crate) placement: Placement,
+    /// Its extents.
+    pub(crate) shape: SinkShape,
+    /// Where its planes go; checked against the target.
+    pub(crate) place: Place,
+}
+
+/// A chunk's place in the memory of its fetch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    /// In host memory.
+    At(Placement),
+    /// In pages: its first token, counted from the page table's start.
+    FirstToken(u64),
+    /// In a ring: wherever there is room.
+    Next,
 }
 
 /// Counts that the receive lcores add to as planes are delivered.
@@ -78,6 +158,8 @@ pub(crate) enum PlaneOutcome {
     Undecodable,
     /// The chunk holds another number of tokens than the client made room for.
     OtherShape,
+    /// Decoded, and could not be copied to where it was to go.
+    NotDelivered,
 }
 
 /// A plane on its way from the packets to the sink. There is one for every transfer that a queue can have under
@@ -245,6 +327,8 @@ pub(crate) struct LookupAnswer {
 pub(crate) const REJECTED_UNDECODABLE: u8 = 0;
 /// The chunk holds another number of tokens than expected.
 pub(crate) const REJECTED_SHAPE: u8 = 1;
+/// The sink could not put the plane in its place.
+pub(crate) const REJECTED_BY_SINK: u8 = 2;
 
 /// The client's word for why a chunk is missing.
 pub(crate) fn missing_reason(failure: ChunkFailure) -> MissingReason {
@@ -253,6 +337,7 @@ pub(crate) fn missing_reason(failure: ChunkFailure) -> MissingReason {
         ChunkFailure::Deadline => MissingReason::Deadline,
         ChunkFailure::Corrupt => MissingReason::Corrupt,
         ChunkFailure::ShapeMismatch | ChunkFailure::Rejected(REJECTED_SHAPE) => MissingReason::ShapeMismatch,
+        ChunkFailure::Rejected(REJECTED_BY_SINK) => MissingReason::NotDelivered,
         ChunkFailure::BadHeader
         | ChunkFailure::TooLarge
         | ChunkFailure::Refused(_)

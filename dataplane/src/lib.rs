@@ -12,6 +12,7 @@ mod control_thread;
 mod decode;
 mod dma;
 mod fetches;
+mod gpu;
 mod job;
 mod latency;
 mod metrics;
@@ -28,9 +29,11 @@ use dpdk::Eal;
 use tracing::info;
 
 use crate::control_thread::ControlThread;
+use crate::gpu::Gpus;
 use crate::pipeline::Pipeline;
 
 pub use crate::config::{Config, ConfigError};
+pub use crate::gpu::GpuConfig;
 pub use crate::pipeline::BuildError;
 pub use crate::placement::{Placement, PlacementError, StageKind, parse_cpus};
 
@@ -46,6 +49,9 @@ pub enum RunError {
     /// An lcore ended before it was told to.
     #[error("an lcore ended by a panic (see above); the data plane stopped: please report it")]
     Lcore,
+    /// A GPU was lost.
+    #[error("a GPU was lost ({0}), and every fetch ended; start the data plane again")]
+    Gpu(gpu_dma::DriverError),
 }
 
 /// Runs the data plane until `stop` is set: opens the port, starts the lcores, serves clients on the calling thread.
@@ -54,11 +60,16 @@ pub enum RunError {
 /// # Errors
 /// When it cannot be set up, or an lcore panics.
 pub fn run(eal: &Eal, config: &Config, stop: &AtomicBool) -> Result<(), RunError> {
-    let (pipeline, fetches) = Pipeline::build(eal, config)?;
-    let served = serve(eal, config, &pipeline, fetches, stop);
+    let gpus = Gpus::new(config.gpu.clone());
+    let (pipeline, fetches) = Pipeline::build(eal, config, &gpus)?;
+    let served = serve(eal, config, &pipeline, fetches, &gpus, stop);
     let ended_in_order = pipeline.stop(eal);
     served?;
-    if ended_in_order { Ok(()) } else { Err(RunError::Lcore) }
+    match (ended_in_order, gpus.health.lost()) {
+        (false, _) => Err(RunError::Lcore),
+        (true, Some(error)) => Err(RunError::Gpu(error)),
+        (true, None) => Ok(()),
+    }
 }
 
 fn serve(
@@ -66,10 +77,16 @@ fn serve(
     config: &Config,
     pipeline: &Pipeline,
     fetches: fetches::Fetches,
+    gpus: &Gpus,
     stop: &AtomicBool,
 ) -> Result<(), RunError> {
     let listener = Listener::bind(&config.socket, 0o660, config.group.as_deref())?;
     let fallback = pipeline.slot_fallback.as_deref().map(|why| format!(" ({why})")).unwrap_or_default();
+    if let Some(driver) = &config.gpu.driver {
+        let names: Vec<String> =
+            driver.devices().iter().map(|device| format!("{}: {}", device.ordinal, device.name)).collect();
+        info!("GPU memory is delivered to on {} by {}", names.join(", "), driver.method());
+    }
     info!(
         "ready: {} queues on {}, lcores {}, {} slots in {}{fallback}, clients at {}",
         pipeline.queues.len(),
@@ -82,6 +99,6 @@ fn serve(
     if let Some(device) = &pipeline.compress_dev {
         info!("compression device {}: {}", device.name(), device.capabilities());
     }
-    ControlThread::new(listener, pipeline, fetches).run(eal, stop);
+    ControlThread::new(listener, pipeline, fetches, gpus).run(eal, stop);
     Ok(())
 }

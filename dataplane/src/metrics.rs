@@ -2,15 +2,17 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::gpu::Gpus;
 use crate::latency::Latencies;
 use crate::pipeline::Pipeline;
 
 /// The report behind `shadowserve fetch --json` and [`control::Command::Stats`]; names are stable, units in the names.
-pub(crate) fn report(pipeline: &Pipeline, latencies: &Latencies, clients: usize) -> Value {
+pub(crate) fn report(pipeline: &Pipeline, gpus: &Gpus, latencies: &Latencies, clients: usize) -> Value {
     json!({
         "uptime_s": pipeline.clock.now_ns() / 1_000_000_000,
         "clients": clients,
         "counters": counters(pipeline),
+        "gpu": gpu(gpus),
         "stages": latencies.to_json(),
         "memory": memory(pipeline),
         "lcores": lcores(pipeline),
@@ -31,6 +33,21 @@ fn counters(pipeline: &Pipeline) -> Value {
         }
     }
     Value::Object(sums)
+}
+
+/// `null` where no GPU is delivered to.
+fn gpu(gpus: &Gpus) -> Value {
+    let Some(driver) = &gpus.config.driver else { return Value::Null };
+    let devices: Vec<Value> = driver
+        .devices()
+        .iter()
+        .map(|device| json!({ "number": device.ordinal, "name": device.name, "memory_bytes": device.bytes }))
+        .collect();
+    let mut object = Map::new();
+    object.insert("devices".into(), Value::Array(devices));
+    object.insert("method".into(), driver.method().into());
+    object.extend(gpus.health.named().map(|(name, count)| (name.to_owned(), count.into())));
+    Value::Object(object)
 }
 
 fn add(sums: &mut Map<String, Value>, name: &str, value: &Value) {

@@ -9,7 +9,7 @@ use compress::Decoder;
 use dpdk::{
     CompressDev, CompressError, CompressQueue, Eal, LaunchError, Pool, Port, Ring, RingError, RingMode,
 };
-use gpu_dma::HostRing;
+use gpu_dma::{DriverError, Sinks};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
 use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
 use protocol::frame::max_segment_bytes;
@@ -18,9 +18,10 @@ use protocol::{FetchConfig, FetchEngine};
 
 use crate::chunk_layout::EncodedChunks;
 use crate::config::{Config, ConfigError};
-use crate::decode::{DecodeDevice, DecodeRings, DecodeStage, OffloadCounters};
+use crate::decode::{DecodeDevice, DecodeRings, DecodeStage, OffloadCounters, PlaneDecoder};
 use crate::dma::{DmaRings, DmaStage};
 use crate::fetches::{FetchLimits, Fetches, QueueEnds};
+use crate::gpu::Gpus;
 use crate::job::PlaneJob;
 use crate::latency::Latencies;
 use crate::offload::{DeviceOffload, device_config};
@@ -51,6 +52,9 @@ pub enum BuildError {
     /// the compression device could not be opened
     #[error(transparent)]
     Compress(#[from] CompressError),
+    /// a GPU could not be made ready
+    #[error("the GPU cannot be used: {0}; --gpu none does without")]
+    Gpu(#[from] DriverError),
     /// an lcore could not be started
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -204,7 +208,7 @@ impl Rings {
 
 impl Pipeline {
     /// Opens the port, makes pools, rings, slots and stages, and starts the lcores.
-    pub(crate) fn build(eal: &Eal, config: &Config) -> Result<(Self, Fetches), BuildError> {
+    pub(crate) fn build(eal: &Eal, config: &Config, gpus: &Gpus) -> Result<(Self, Fetches), BuildError> {
         let budget = Budget::new(config)?;
         let next_hop = config.next_hop()?;
         let hops = [NextHop { ip: next_hop, mac: config.store_mac }];
@@ -213,7 +217,7 @@ impl Pipeline {
 
         let jobs = u32::from(budget.active_planes) * u32::from(budget.queues);
         let rings = Rings::new(eal, &budget, config, jobs)?;
-        let (slot_pages, slot_fallback) = fill_slots(config, &rings.slots)?;
+        let (slot_pages, slot_fallback) = fill_slots(config, gpus, &rings.slots)?;
         let limits = FetchLimits {
             fetches: usize::from(config.max_fetches),
             lookups: usize::from(MAX_LOOKUPS),
@@ -223,7 +227,7 @@ impl Pipeline {
         };
         let store = StoreAddress { ip: config.store.ip(), port: config.store.port(), next_hop };
         let clock = Clock::start();
-        let builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock };
+        let builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock, gpus };
         let Opened { port, links, pools, ports, .. } = opened;
         let (mut rx_stages, mut ends, mut queues) = (Vec::new(), Vec::new(), Vec::new());
         for (queue, (link, pool)) in (0..).zip(links.into_iter().zip(pools)) {
@@ -264,7 +268,11 @@ impl Pipeline {
     }
 }
 
-fn fill_slots(config: &Config, ring: &Ring<Box<Slot>>) -> Result<(PageSize, Option<String>), BuildError> {
+fn fill_slots(
+    config: &Config,
+    gpus: &Gpus,
+    ring: &Ring<Box<Slot>>,
+) -> Result<(PageSize, Option<String>), BuildError> {
     let slot_bytes = config.slot_bytes.next_multiple_of(hugepages::SLOT_ALIGN_BYTES);
     let arena = Arena::new(ArenaConfig {
         name: "slots",
@@ -272,7 +280,7 @@ fn fill_slots(config: &Config, ring: &Ring<Box<Slot>>) -> Result<(PageSize, Opti
         page: config.pages,
         numa_node: None,
     })?;
-    let mut slots = Slots::new(arena, slot_bytes)?;
+    let mut slots = Slots::new(gpus.pin(arena)?, slot_bytes)?;
     for slot in slots.take().into_iter().take(config.slots) {
         assert!(ring.enqueue(Box::new(slot)).is_ok(), "the ring was made for every slot");
     }
@@ -288,6 +296,7 @@ pub(crate) struct StageBuilder<'a> {
     pub(crate) store: StoreAddress,
     pub(crate) rings: &'a Rings,
     pub(crate) clock: Clock,
+    pub(crate) gpus: &'a Gpus,
 }
 
 impl StageBuilder<'_> {
@@ -347,7 +356,7 @@ impl StageBuilder<'_> {
 
     fn decode(&self, device: Option<DecodeDevice>) -> DecodeStage {
         DecodeStage {
-            decoder: Decoder::new(self.config.slot_bytes),
+            decoder: PlaneDecoder::new(self.config.slot_bytes),
             device,
             rings: DecodeRings {
                 planes: self.rings.decode.clone(),
@@ -359,9 +368,9 @@ impl StageBuilder<'_> {
         }
     }
 
-    fn dma(&self) -> DmaStage<HostRing<Box<PlaneJob>>> {
-        DmaStage {
-            sink: HostRing::default(),
+    fn dma(&self) -> Result<DmaStage<Sinks<Box<PlaneJob>>>, BuildError> {
+        Ok(DmaStage {
+            sink: Sinks::new(self.gpus.sink()?),
             rings: DmaRings {
                 decoded: self.rings.decoded.clone(),
                 returned: self.rings.returned.clone(),
@@ -370,7 +379,7 @@ impl StageBuilder<'_> {
             clock: self.clock,
             offered: ArrayVec::new(),
             finished: ArrayVec::new(),
-        }
+        })
     }
 
     /// Gives every lcore its stages and starts it.
@@ -389,7 +398,7 @@ impl StageBuilder<'_> {
                 stages.push(match kind {
                     StageKind::Rx => Box::new(rx_stages.next().expect("one queue was made per rx stage")),
                     StageKind::Decode => Box::new(self.decode(devices.next())),
-                    StageKind::Dma => Box::new(self.dma()),
+                    StageKind::Dma => Box::new(self.dma()?),
                 });
             }
             let counters = Arc::<LcoreCounters>::default();

@@ -16,7 +16,10 @@ use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::fetches::{FetchLimits, QueueEnds};
-use crate::job::{FetchPart, FetchShared, PartId, PlaneJob, PlaneOutcome, Progress, QueueMessage};
+use crate::gpu::{GpuConfig, Gpus};
+use crate::job::{
+    FetchPart, FetchShared, FetchTarget, PartId, PlaneJob, PlaneOutcome, Progress, QueueMessage,
+};
 use crate::pipeline::{Budget, BuildError, MAX_LOOKUPS, Rings, StageBuilder};
 use crate::rx::StoreAddress;
 
@@ -81,7 +84,8 @@ pub fn receive_only(
     };
     let store = StoreAddress { ip: config.store.ip(), port: config.store.port(), next_hop };
     let clock = Clock::start();
-    let builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock };
+    let gpus = Gpus::new(GpuConfig::default());
+    let builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock, gpus: &gpus };
     let link = opened.links.swap_remove(0);
     let link_counters = Arc::clone(link.counters());
     let (rx, mut ends) = builder.rx(0, link, opened.ports.clone())?;
@@ -141,8 +145,8 @@ fn keep_fetching(
 ) -> Result<Counted, BuildError> {
     let page = ArenaConfig { name: "unused", bytes: 4096, page: PageChoice::Base, numa_node: None };
     let fetch = Arc::new(FetchShared {
-        region: Arc::new(Arena::new(page)?),
-        dtype: Dtype::Bf16,
+        target: FetchTarget::Host { region: Arc::new(Arena::new(page)?), dtype: Dtype::Bf16 },
+        command: 0,
         chunks: Vec::new(),
         progress: Progress::default(),
     });

@@ -16,8 +16,8 @@ use protocol::{
 
 use crate::chunk_layout::EncodedChunks;
 use crate::job::{
-    FetchPart, LookupAnswer, LookupPart, PartId, PlaneJob, PlaneOutcome, QueueMessage, REJECTED_SHAPE,
-    REJECTED_UNDECODABLE, missing_reason,
+    FetchPart, LookupAnswer, LookupPart, PartId, PlaneJob, PlaneOutcome, QueueMessage, REJECTED_BY_SINK,
+    REJECTED_SHAPE, REJECTED_UNDECODABLE, missing_reason,
 };
 use crate::latency::Latencies;
 
@@ -41,6 +41,7 @@ pub(crate) struct PlaneCounters {
     pub(crate) planes_delivered: Counter,
     pub(crate) planes_corrupt: Counter,
     pub(crate) planes_undecodable: Counter,
+    pub(crate) planes_undelivered: Counter,
     pub(crate) planes_reset: Counter,
     pub(crate) segments_accepted: Counter,
     pub(crate) control_accepted: Counter,
@@ -51,12 +52,13 @@ pub(crate) struct PlaneCounters {
 
 impl PlaneCounters {
     /// Every counter with its name.
-    pub(crate) fn named(&self) -> [(&'static str, &Counter); 10] {
+    pub(crate) fn named(&self) -> [(&'static str, &Counter); 11] {
         [
             ("planes_arrived", &self.planes_arrived),
             ("planes_delivered", &self.planes_delivered),
             ("planes_corrupt", &self.planes_corrupt),
             ("planes_undecodable", &self.planes_undecodable),
+            ("planes_undelivered", &self.planes_undelivered),
             ("planes_reset", &self.planes_reset),
             ("segments_accepted", &self.segments_accepted),
             ("control_accepted", &self.control_accepted),
@@ -192,6 +194,10 @@ impl RxStage {
                 PlaneOutcome::OtherShape => {
                     self.counters.planes_undecodable.add(1);
                     Verdict::Rejected(REJECTED_SHAPE)
+                }
+                PlaneOutcome::NotDelivered => {
+                    self.counters.planes_undelivered.add(1);
+                    Verdict::Rejected(REJECTED_BY_SINK)
                 }
                 PlaneOutcome::Pending | PlaneOutcome::Undecodable => {
                     self.counters.planes_undecodable.add(1);

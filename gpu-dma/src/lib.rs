@@ -5,18 +5,35 @@
 //!   outside of the region.
 //! - [`Sink`] takes batches of [`Transfer`]s, a slot and the place where its plane goes, and gives the slots back when
 //!   the copies are done.
-//! - [`HostRing`] is the sink in memory shared with the serving process. The CUDA ring and CUDA pages are to follow the
-//!   same trait.
+//! - [`HostRing`] is the sink in memory shared with the serving process, [`GpuSink`] that in GPU memory: pages of a
+//!   serving engine's KV cache ([`PagedMemory`], placed by [`paged`]) and rings ([`RingMemory`]). [`Sinks`] is both.
+//! - [`Driver`] is what they need of a GPU: [`cuda::Cuda`], or a fake ([`testing`]). [`pin`] makes slots known to it.
 
+mod copies;
 pub mod cuda;
+mod driver;
+mod gpu_sink;
 mod host_ring;
 mod layout;
+mod memory;
+pub mod paged;
+mod pinned;
 mod placement;
 mod shape;
 mod sink;
+mod sinks;
+pub mod testing;
+pub mod yardstick;
 
+pub use copies::{CopyList, MAX_PITCH_BYTES, Run, STRIDED_BELOW_BYTES};
+pub use driver::{Device, DeviceIndex, Driver, DriverError, EventId, Mapping, StreamId};
+pub use gpu_sink::{GpuHealth, GpuSink, GpuSinkConfig};
 pub use host_ring::{HostRing, SUBMIT_BYTES, deliver};
 pub use layout::{Dimension, HeadOrder, Layout, LayoutError};
+pub use memory::{OpenError, PagedMemory, RingMemory, find_device};
+pub use paged::SlotOrder;
+pub use pinned::pin;
 pub use placement::{Piece, Pieces, Placement};
 pub use shape::{ChunkShape, ELEMENT_BYTES};
-pub use sink::{BATCH, Batch, Finished, FinishedBatch, Sink, SinkFault, Transfer};
+pub use sink::{BATCH, Batch, Destination, Finished, FinishedBatch, Sink, SinkFault, Transfer};
+pub use sinks::Sinks;

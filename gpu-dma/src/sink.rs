@@ -3,9 +3,14 @@
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
+use control::GpuRingError;
 use hugepages::{Arena, Slot};
 
+use crate::driver::DriverError;
+use crate::memory::{PagedMemory, RingMemory};
+use crate::paged;
 use crate::placement::Placement;
+use crate::shape::ChunkShape;
 
 /// Transfers in a batch, at most.
 pub const BATCH: usize = 32;
@@ -26,12 +31,68 @@ pub struct Transfer<T> {
     pub context: T,
     /// Holds the decoded plane in its first bytes.
     pub slot: Box<Slot>,
-    /// The memory that it goes to.
-    pub region: Arc<Arena>,
-    /// Where the chunk's planes go there.
-    pub placement: Placement,
+    /// The memory that it goes to, and where the chunk lies there.
+    pub to: Destination,
     /// Which plane of the chunk this is: `layer * 2`, plus 1 for V.
     pub plane: u32,
+}
+
+/// Where a chunk's planes go. Checked against the memory that it names, so that no copy can reach beyond it.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// Memory shared with a serving process.
+    Host {
+        /// The memory.
+        region: Arc<Arena>,
+        /// The chunk's place in it.
+        placement: Placement,
+    },
+    /// Pages of a KV cache on a GPU. The slot is in the order of [`PagedMemory::order`].
+    Pages {
+        /// The cache.
+        memory: Arc<PagedMemory>,
+        /// Its pages, in the order of the fetch's tokens.
+        table: Arc<[u32]>,
+        /// The chunk's first token, counted from the table's start.
+        first_token: u64,
+        /// Tokens of the chunk.
+        tokens: u16,
+    },
+    /// The next free entry of a ring on a GPU.
+    Ring {
+        /// The ring.
+        memory: Arc<RingMemory>,
+        /// The fetch, as its client calls it.
+        fetch: u64,
+        /// The chunk within the fetch.
+        chunk: u32,
+        /// The chunk's extents.
+        shape: ChunkShape,
+    },
+}
+
+impl Destination {
+    /// Bytes of one decoded plane.
+    #[must_use]
+    pub fn plane_bytes(&self) -> u64 {
+        match self {
+            Self::Host { placement, .. } => placement.shape().plane_bytes(),
+            Self::Pages { memory, tokens, .. } => paged::plane_bytes(memory.kv(), *tokens),
+            Self::Ring { memory, shape, .. } => {
+                shape.plane_bytes() / crate::ELEMENT_BYTES * memory.ring().element.bytes()
+            }
+        }
+    }
+
+    /// Planes of the chunk.
+    #[must_use]
+    pub fn planes(&self) -> u32 {
+        match self {
+            Self::Host { placement, .. } => placement.shape().planes(),
+            Self::Pages { memory, .. } => u32::try_from(memory.kv().layers.len() * 2).unwrap_or(u32::MAX),
+            Self::Ring { shape, .. } => shape.planes(),
+        }
+    }
 }
 
 /// The end of a transfer. Each transfer that a sink accepts ends exactly once.
@@ -70,6 +131,18 @@ pub enum SinkFault {
         /// Bytes in the region.
         region_bytes: usize,
     },
+    /// The sink does not go there.
+    #[error("the sink does not deliver to this kind of memory")]
+    OtherSink,
+    /// The GPU's driver refused the copy, or the copy failed.
+    #[error("the GPU did not take the plane: {0}")]
+    Device(#[from] DriverError),
+    /// The client took its ring away.
+    #[error(transparent)]
+    Ring(#[from] GpuRingError),
+    /// The client does not empty its ring.
+    #[error("the ring stayed full: its consumer releases no entries")]
+    RingFull,
 }
 
 /// A place where decoded planes go. One thread drives it, by polling:
@@ -86,7 +159,8 @@ pub trait Sink<T>: Send {
     /// another order than they were submitted in.
     fn poll(&mut self, finished: &mut FinishedBatch<T>) -> usize;
 
-    /// Starts whatever the sink holds back to make a larger batch of it. Does not wait for it.
+    /// Starts whatever the sink holds back to make a larger batch of it, or leaves that to a later call for as long as its
+    /// own limits say. Does not wait for it.
     fn flush(&mut self);
 
     /// Transfers accepted and not yet returned by `poll`: at 0 the sink may be dropped without losing a slot.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use gpu_dma::{
-    BATCH, Batch, ChunkShape, FinishedBatch, HeadOrder, HostRing, Layout, Placement, SUBMIT_BYTES, Sink,
-    SinkFault, Transfer,
+    BATCH, Batch, ChunkShape, Destination, FinishedBatch, HeadOrder, HostRing, Layout, Placement,
+    SUBMIT_BYTES, Sink, SinkFault, Transfer,
 };
 use hugepages::{Arena, ArenaConfig, PageChoice, Slot, Slots};
 use proptest::prelude::*;
@@ -74,7 +74,8 @@ proptest! {
                     }
                 }
             }
-            offered.push(Transfer { context: plane, slot, region: Arc::clone(&region), placement, plane });
+            let to = Destination::Host { region: Arc::clone(&region), placement };
+            offered.push(Transfer { context: plane, slot, to, plane });
         }
         let finished = run(&mut HostRing::default(), &mut offered);
         prop_assert_eq!(finished.len(), usize::try_from(shape.planes()).unwrap());
@@ -93,7 +94,8 @@ fn a_call_copies_a_bounded_number_of_bytes() {
     let mut sink = HostRing::default();
     let mut offered = Batch::new();
     for (plane, slot) in (0..).zip(slots(BATCH, plane_bytes)) {
-        offered.push(Transfer { context: plane, slot, region: Arc::clone(&region), placement, plane });
+        let to = Destination::Host { region: Arc::clone(&region), placement };
+        offered.push(Transfer { context: plane, slot, to, plane });
     }
     let per_call = usize::try_from(SUBMIT_BYTES / shape.plane_bytes()).unwrap();
     assert_eq!(sink.submit(&mut offered), per_call);
@@ -115,7 +117,8 @@ fn without_polling_it_accepts_no_more_than_it_can_report() {
     let mut offered: Batch<()> = Batch::new();
     let mut transfer = || {
         let slot = slots.pop().unwrap();
-        Transfer { context: (), slot, region: Arc::clone(&region), placement, plane: 0 }
+        let to = Destination::Host { region: Arc::clone(&region), placement };
+        Transfer { context: (), slot, to, plane: 0 }
     };
     offered.extend((0..BATCH).map(|_| transfer()));
     assert_eq!(sink.submit(&mut offered), BATCH);
@@ -153,7 +156,8 @@ fn faults_come_back_with_the_slot() {
     ] {
         let mut slot = slot.unwrap();
         slot.as_mut_slice().fill(1);
-        offered.push(Transfer { context: expected, slot, region: Arc::clone(&region), placement, plane });
+        let to = Destination::Host { region: Arc::clone(&region), placement };
+        offered.push(Transfer { context: expected, slot, to, plane });
     }
     let finished = run(&mut HostRing::default(), &mut offered);
     assert_eq!(finished.len(), 4);

@@ -1,6 +1,6 @@
 //! One shared mapping: how it is made.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -70,12 +70,13 @@ const MAX_NAME_BYTES: usize = 200;
 /// touching it later can neither fail nor wait. It cannot shrink or grow, and no page of it can be taken back once
 /// [`from_fd`](Arena::from_fd) or [`close_to_others`](Arena::close_to_others) has closed it: no peer can make an access
 /// fault. A new arena is all zeros.
-#[derive(Debug)]
 pub struct Arena {
     first: NonNull<u8>,
     bytes: usize,
     page: PageSize,
     fallback_reason: Option<String>,
+    /// Dropped before the memory is unmapped.
+    guards: Vec<Box<dyn Send + Sync>>,
     pub(crate) fd: OwnedFd,
 }
 
@@ -85,8 +86,21 @@ unsafe impl Send for Arena {}
 // SAFETY: as above; no method hands out a reference to plain bytes of the mapping.
 unsafe impl Sync for Arena {}
 
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { first, bytes, page, fd, .. } = self;
+        f.debug_struct("Arena")
+            .field("first", first)
+            .field("bytes", bytes)
+            .field("page", page)
+            .field("fd", fd)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Drop for Arena {
     fn drop(&mut self) {
+        self.guards.clear();
         // SAFETY: this is the range that `map` mapped, and nothing that borrows from the arena is left.
         let unmapped = unsafe { rustix::mm::munmap(self.first.as_ptr().cast(), self.bytes) };
         debug_assert!(unmapped.is_ok(), "munmap of an arena: {unmapped:?}");
@@ -172,7 +186,7 @@ impl Arena {
         // SAFETY: a new mapping at a place of the kernel's choice touches no memory of ours.
         let first = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, flags, &fd, 0) }?;
         let first = NonNull::new(first.cast::<u8>()).ok_or(Errno::NOMEM)?;
-        Ok(Arena { first, bytes, page, fallback_reason: None, fd })
+        Ok(Arena { first, bytes, page, fallback_reason: None, guards: Vec::new(), fd })
     }
 
     /// Gives every page of the file memory, by this thread's NUMA policy; says so when there is not enough, where
@@ -189,6 +203,12 @@ impl Arena {
         let _ = unsafe {
             rustix::mm::madvise(self.first.as_ptr().cast(), self.bytes, Advice::LinuxPopulateWrite)
         };
+    }
+
+    /// Keeps `guard` until just before the memory is unmapped: a device's registration of it, whose drop ends it. Guards
+    /// are dropped in the order in which they were given.
+    pub fn guard(&mut self, guard: impl Send + Sync + 'static) {
+        self.guards.push(Box::new(guard));
     }
 
     /// The pages that the arena stands on.

@@ -8,11 +8,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use client::{Client, ClientConfig, Codec, Dtype, Layout, Missing, MissingReason, Namespace, Outcome, Shape};
-use control::{ChunkPlace, Command, Completion, Limits, Listener, Sent, ServerSession, SocketEvent, now_ns};
+use control::{
+    ChunkPlace, Command, Completion, DeviceUuid, GpuMemory, Limits, Listener, RingDescriptor, RingProducer,
+    Sent, ServerSession, SocketEvent, Target, now_ns,
+};
 use hugepages::Arena;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 pub(crate) const SHAPE: Shape = Shape { layers: 3, kv_heads: 2, head_dim: 4, dtype: Dtype::Bf16 };
+/// The only GPU there is.
+pub(crate) const GPU: DeviceUuid = DeviceUuid([6; 16]);
 pub(crate) const WAIT: Duration = Duration::from_secs(10);
 
 /// How the data plane behaves; changed by the tests while it runs.
@@ -34,6 +39,8 @@ pub(crate) struct Manners {
     pub(crate) nonsense: Mutex<Vec<Completion>>,
     /// Fetches that were cancelled because their client was gone.
     pub(crate) orphans: AtomicUsize,
+    /// Fetches into pages: the table and the chunks of each.
+    pub(crate) paged: Mutex<Vec<(Vec<u32>, Vec<ChunkPlace>)>>,
     /// Regions that exist now.
     pub(crate) regions: AtomicUsize,
 }
@@ -120,6 +127,7 @@ pub(crate) fn byte(key: &[u8; 32], plane: u32, token: u64, head: u64, at: u64) -
 struct Session {
     session: ServerSession,
     regions: HashMap<u32, Arc<Arena>>,
+    rings: HashMap<u32, RingProducer>,
     held: Vec<u64>,
     unsent: Vec<Completion>,
 }
@@ -132,7 +140,13 @@ fn serve(listener: &Listener, manners: &Manners, stop: &AtomicBool) {
             continue;
         }
         while let Some(session) = listener.accept().unwrap() {
-            sessions.push(Session { session, regions: HashMap::new(), held: vec![], unsent: vec![] });
+            sessions.push(Session {
+                session,
+                regions: HashMap::new(),
+                rings: HashMap::new(),
+                held: vec![],
+                unsent: vec![],
+            });
         }
         sessions.retain_mut(|session| session.pass(manners));
         let regions = sessions.iter().map(|session| session.regions.len()).sum();
@@ -159,6 +173,15 @@ impl Session {
             match event {
                 SocketEvent::Attached { .. } => {}
                 SocketEvent::RegionRegistered { id, arena } => drop(self.regions.insert(id, arena)),
+                SocketEvent::GpuOffered { token, memory, words } => {
+                    let unknown = memory.device() != GPU;
+                    let opened = if unknown { Err("no such GPU".to_owned()) } else { Ok(memory.clone()) };
+                    let region = self.session.answer_gpu(token, opened).expect("the client reads");
+                    if let (Some(region), GpuMemory::Ring(ring), Some(words)) = (region, memory, words) {
+                        let producer = RingProducer::new(words, ring.entries, ring.generation).unwrap();
+                        self.rings.insert(region, producer);
+                    }
+                }
                 SocketEvent::Closed { .. } => {
                     manners.orphans.fetch_add(self.held.len(), Ordering::SeqCst);
                     return false;
@@ -190,7 +213,17 @@ impl Session {
         match command {
             Command::Lookup { id, keys, .. } => self.unsent.push(look_up(id, &keys, manners)),
             Command::Fetch { id, .. } if manners.hold.load(Ordering::SeqCst) => self.held.push(id),
-            Command::Fetch { id, region, layout, shape, chunks, progress, .. } => {
+            Command::Fetch { id, region, to: Target::Ring, shape, chunks, .. } => {
+                self.fill(id, region, &shape, &chunks);
+            }
+            Command::Fetch { id, to: Target::Pages { table }, shape, chunks, .. } => {
+                let planes = shape.planes() * u32::try_from(chunks.len()).unwrap();
+                manners.paged.lock().unwrap().push((table, chunks));
+                self.unsent.push(ended(id, Outcome::Done, planes, 0, vec![]));
+            }
+            Command::Fetch {
+                id, region, to: Target::Host { layout, .. }, shape, chunks, progress, ..
+            } => {
                 let region = Arc::clone(&self.regions[&region]);
                 self.fetch(id, &region, &layout, &shape, &chunks, progress, manners);
             }
@@ -203,6 +236,7 @@ impl Session {
             }
             Command::Unregister { id, region } => {
                 self.regions.remove(&region);
+                self.rings.remove(&region);
                 self.unsent.push(Completion::Unregistered { id });
             }
             Command::Stats { id } => {
@@ -213,6 +247,22 @@ impl Session {
                 self.unsent.extend(nonsense);
             }
         }
+    }
+
+    /// Fills a ring with every plane there is; what it has no room for counts as lost.
+    fn fill(&mut self, id: u64, region: u32, shape: &Shape, chunks: &[ChunkPlace]) {
+        let ring = &self.rings[&region];
+        let mut planes = 0;
+        for (chunk, place) in (0..).zip(chunks) {
+            for plane in 0..shape.planes() {
+                let Ok(Some(sequence)) = ring.claim() else { continue };
+                let bytes = u32::try_from(shape.plane_bytes(place.tokens)).unwrap();
+                let delivered = true;
+                ring.publish(sequence, &RingDescriptor { fetch: id, chunk, plane, bytes, delivered });
+                planes += 1;
+            }
+        }
+        self.unsent.push(ended(id, Outcome::Done, planes, 0, vec![]));
     }
 
     #[expect(clippy::too_many_arguments, reason = "the fields of a command, once, in a test")]

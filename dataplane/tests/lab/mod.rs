@@ -110,6 +110,7 @@ fn config(device: String, socket: PathBuf) -> dataplane::Config {
         max_layers: 16,
         rto_min: Duration::from_millis(4),
         idle_sleep: Duration::from_micros(20),
+        gpu: dataplane::GpuConfig::default(),
     }
 }
 
