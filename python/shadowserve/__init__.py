@@ -5,9 +5,28 @@
     region = client.register(prefix.sequence_bytes)
     report = client.fetch(prefix, region).wait()
     k, v = shadowserve.tensors(region, prefix)
+
+or straight into the pages of a KV cache on the GPU:
+
+    cache = client.register_pages(shadowserve.describe_pages([(kv[0], kv[1]) for kv in kv_caches]))
+    report = client.fetch_pages(prefix, cache, block_table).wait()
 """
 
-from ._core import Client, DataPlaneLost, Error, Fetch, Prefix, Refused, Region, RegionError, Report
+from ._core import (
+    Client,
+    DataPlaneLost,
+    Error,
+    Fetch,
+    PagedCache,
+    Prefix,
+    Refused,
+    Region,
+    RegionError,
+    Report,
+    Ring,
+    RingEntry,
+)
+from ._gpu import describe_pages, describe_ring
 from ._tensors import tensors
 
 __all__ = [
@@ -15,10 +34,15 @@ __all__ = [
     "DataPlaneLost",
     "Error",
     "Fetch",
+    "PagedCache",
     "Prefix",
     "Refused",
     "Region",
     "RegionError",
     "Report",
+    "Ring",
+    "RingEntry",
+    "describe_pages",
+    "describe_ring",
     "tensors",
 ]

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use client::{ClientConfig, FetchRequest, Namespace};
+use client::{ClientConfig, FetchRequest, Namespace, PagesRequest, RingRequest};
 use pyo3::prelude::*;
 
 use crate::errors;
 use crate::fetch::Fetch;
+use crate::gpu::{PagedCache, PagedDescription, Ring, RingDescription};
 use crate::prefix::Prefix;
 use crate::region::Region;
 use crate::seconds::Seconds;
@@ -80,6 +81,51 @@ impl Client {
         let mut request = FetchRequest::sequence(&prefix.0, region).map_err(errors::value)?;
         request.timeout = timeout.0;
         let fetch = self.0.fetch(&request).map_err(|error| errors::fetch(&error))?;
+        Ok(Fetch::new(fetch, target))
+    }
+
+    /// A paged KV cache in GPU memory of this process, as `shadowserve.describe_pages` describes it. Do it at start.
+    #[expect(clippy::needless_pass_by_value, reason = "converted from a dictionary of Python's")]
+    fn register_pages(&self, py: Python<'_>, description: PagedDescription) -> PyResult<PagedCache> {
+        let kv = description.kv()?;
+        let cache = py.detach(|| self.0.register_pages(kv)).map_err(|error| errors::register(&error))?;
+        Ok(PagedCache(cache))
+    }
+
+    /// A ring in GPU memory of this process, as `shadowserve.describe_ring` describes it. Do it at start.
+    #[expect(clippy::needless_pass_by_value, reason = "converted from a dictionary of Python's")]
+    fn register_ring(&self, py: Python<'_>, description: RingDescription) -> PyResult<Ring> {
+        let config = description.config()?;
+        let ring = py.detach(|| self.0.register_ring(&config)).map_err(|error| errors::register(&error))?;
+        Ok(Ring(ring))
+    }
+
+    /// Starts fetching a prefix into pages: its token `t` goes to page `table[t // page_tokens]`. The first `skip` chunks,
+    /// which the engine has already, are left out; the table begins with the pages of token 0 all the same.
+    #[pyo3(signature = (prefix, cache, table, skip=0, timeout=Seconds::new(5)))]
+    fn fetch_pages(
+        &self,
+        prefix: &Prefix,
+        cache: &Bound<'_, PagedCache>,
+        table: Vec<u32>,
+        skip: usize,
+        timeout: Seconds,
+    ) -> PyResult<Fetch> {
+        let target = cache.clone().into_any().unbind();
+        let mut request =
+            PagesRequest::suffix(&prefix.0, &cache.get().0, table, skip).map_err(errors::value)?;
+        request.timeout = timeout.0;
+        let fetch = self.0.fetch_pages(&request).map_err(|error| errors::fetch(&error))?;
+        Ok(Fetch::new(fetch, target))
+    }
+
+    /// Starts fetching a whole prefix into a ring, plane by plane, in whatever order planes arrive.
+    #[pyo3(signature = (prefix, ring, timeout=Seconds::new(5)))]
+    fn fetch_ring(&self, prefix: &Prefix, ring: &Bound<'_, Ring>, timeout: Seconds) -> PyResult<Fetch> {
+        let target = ring.clone().into_any().unbind();
+        let mut request = RingRequest::prefix(&prefix.0, &ring.get().0).map_err(errors::value)?;
+        request.timeout = timeout.0;
+        let fetch = self.0.fetch_ring(&request).map_err(|error| errors::fetch(&error))?;
         Ok(Fetch::new(fetch, target))
     }
 

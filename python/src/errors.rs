@@ -46,6 +46,7 @@ pub(crate) fn register(error: &RegisterError) -> PyErr {
     match error {
         RegisterError::Lost(_) => lost(error),
         RegisterError::Refused { .. } => refused(error),
+        RegisterError::Gpu(_) | RegisterError::Ring(_) => value(error),
         _ => RegionError::new_err(error.to_string()),
     }
 }

@@ -29,6 +29,12 @@ impl Fetch {
 
 #[pymethods]
 impl Fetch {
+    /// Its number in this session, which the entries of a ring name.
+    #[getter]
+    fn id(&self, py: Python<'_>) -> u64 {
+        self.with(py, |fetch| fetch.id())
+    }
+
     /// The report if it has ended, else `None`. Never waits.
     fn poll(&self, py: Python<'_>) -> PyResult<Option<Report>> {
         let ended = self.with(py, client::Fetch::poll).map_err(|error| errors::fetch(&error))?;

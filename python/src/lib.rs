@@ -6,6 +6,7 @@
 mod client;
 mod errors;
 mod fetch;
+mod gpu;
 mod prefix;
 mod region;
 mod seconds;
@@ -20,6 +21,8 @@ mod core {
     use super::errors::{DataPlaneLost, Error, Refused, RegionError};
     #[pymodule_export]
     use super::fetch::{Fetch, Report};
+    #[pymodule_export]
+    use super::gpu::{PagedCache, Ring, RingEntry};
     #[pymodule_export]
     use super::prefix::Prefix;
     #[pymodule_export]
