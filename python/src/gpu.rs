@@ -2,7 +2,8 @@
 //! them off torch tensors.
 
 use client::{
-    DeviceUuid, ElementType, GpuAllocation, IpcHandle, LayerBase, PageStrides, PagedKv, PlaneBase, RingConfig, Scale,
+    DeviceUuid, ElementType, GpuAllocation, IpcHandle, LayerBase, PageStrides, PagedKv, PlaneBase,
+    RingConfig, Scale,
 };
 use pyo3::prelude::*;
 
