@@ -16,8 +16,8 @@ use protocol::ChunkShape;
 use protocol::key::chain;
 use store::kv_file::KvFile;
 
-use crate::bench_gpu;
 use crate::flags::{EalFlags, NamespaceFlags, PortFlags};
+use crate::{bench_codec, bench_gpu};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -28,6 +28,8 @@ pub(crate) enum Command {
     /// What `bench gpu` starts to hold the GPU memory
     #[command(hide = true)]
     GpuHolder(bench_gpu::HolderFlags),
+    /// Codecs, compressions and back ends: what each costs and gives, on one core and on several
+    Codec(bench_codec::Flags),
 }
 
 #[derive(Debug, Args)]
@@ -56,11 +58,15 @@ pub(crate) struct RxFlags {
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    let flags = match command {
-        Command::Rx(flags) => flags,
-        Command::Gpu(flags) => return bench_gpu::run(flags),
-        Command::GpuHolder(flags) => return bench_gpu::hold(flags),
-    };
+    match command {
+        Command::Rx(flags) => rx(flags),
+        Command::Gpu(flags) => bench_gpu::run(flags),
+        Command::GpuHolder(flags) => bench_gpu::hold(flags),
+        Command::Codec(flags) => bench_codec::run(flags),
+    }
+}
+
+fn rx(flags: &RxFlags) -> anyhow::Result<ExitCode> {
     let file = KvFile::open(&flags.tokens_from)?;
     let shape = file.shape();
     let mut keys = chain(&flags.namespace.namespace(Codec::Raw), file.tokens());

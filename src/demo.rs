@@ -26,7 +26,7 @@ use crate::flags::STORE_UDP_PORT;
 use crate::verify::Expected;
 
 /// Real KV to fetch when no file is given; `perf/samples/ORIGIN.md` says where it comes from.
-const SAMPLE: &[u8] = include_bytes!("../perf/samples/smollm2-135m-kv-640.safetensors");
+pub(crate) const SAMPLE: &[u8] = include_bytes!("../perf/samples/smollm2-135m-kv-640.safetensors");
 
 /// Free hugepage memory that the two processes need, in MiB.
 const HUGEPAGES_NEEDED_MIB: u64 = 512;

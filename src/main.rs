@@ -1,6 +1,7 @@
 //! The command line of ShadowServe: one file per subcommand.
 
 mod bench;
+mod bench_codec;
 mod bench_gpu;
 mod config_file;
 mod dataplane;

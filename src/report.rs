@@ -102,7 +102,14 @@ impl Report {
     }
 }
 
-fn new_table(header: &[&str]) -> Table {
+/// The model of this machine's CPU.
+pub(crate) fn machine() -> String {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name"));
+    model.map_or(std::env::consts::ARCH, |model| model.trim_start_matches(['\t', ':', ' '])).to_owned()
+}
+
+pub(crate) fn new_table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(header);
     // No line between rows: the eye needs none, and the table stays as short as it is.

@@ -336,6 +336,26 @@ impl Decoder {
         self.inner.decode(shape, entry, &layout, encoded, out_dtype, out)
     }
 
+    /// [`Decoder::decode`] of a plane whose checksum was found to be right, so that it isn't computed again.
+    ///
+    /// # Errors
+    /// As [`Decoder::decode`], but for the checksum.
+    pub fn decode_without_crc(
+        &mut self,
+        shape: &Shape,
+        entry: &PlaneEntry,
+        encoded: &[u8],
+        out_dtype: impl Into<OutDtype>,
+        out: &mut [u8],
+    ) -> Result<(), DecodeError> {
+        let out_dtype = out_dtype.into();
+        let layout = self.check(shape, entry, out_dtype, out)?;
+        if u32::try_from(encoded.len()) != Ok(entry.bytes) {
+            return Err(DecodeError::Length { got_bytes: encoded.len(), expected_bytes: entry.bytes });
+        }
+        self.inner.decode(shape, entry, &layout, encoded, out_dtype, out)
+    }
+
     /// Checks everything that doesn't need the encoded bytes.
     fn check(
         &self,

@@ -31,6 +31,13 @@ pub mod reference;
 mod section;
 mod shape;
 mod view;
+mod zeros;
+
+/// The dequantization kernels alone, for measurements.
+pub mod kernels {
+    pub use crate::dequantize::{Job, dequantize};
+    pub use crate::packing::Packing;
+}
 
 pub use checksum::crc32c;
 pub use codec::{Codec, Compression, DEFAULT_BINS, PlaneCodec, Quantizer, UnknownCodec, UnknownCompression};
@@ -45,9 +52,10 @@ pub use isa::Isa;
 pub use offload::{Offload, Section, Untaken};
 pub use payload::{LayoutError, max_encoded_bytes};
 pub use reference::reference_decode;
-pub use section::FrameError;
+pub use section::{FrameError, SectionReader};
 pub use shape::{
     CHUNK_TOKENS, MAX_LAYERS, MAX_PLANE_BYTES, MAX_PLANES, MIN_QUANTIZED_HEAD_DIM, Shape, ShapeError, Side,
     plane_index, plane_of,
 };
 pub use view::{ChunkHeader, ChunkView, Planes, plane_table};
+pub use zeros::write_zeros;

@@ -7,7 +7,7 @@ use crate::Codec;
 
 /// How the codes of a plane lie in a payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Packing {
+pub enum Packing {
     /// 4-bit codes, two to a byte, all of them compressed.
     Nibbles,
     /// 8-bit codes: the high four bits compressed, two to a byte; the low four bits plain, likewise.

@@ -186,18 +186,34 @@ fn zstd_context() -> Result<CCtx<'static>, &'static str> {
     Ok(context)
 }
 
-/// Reads sections; everything it needs is allocated when it is made.
-pub(crate) struct SectionReader {
+/// Decompresses sections; everything it needs is allocated when it is made.
+pub struct SectionReader {
     zstd: DCtx<'static>,
     deflate: Decompressor,
+}
+
+impl Default for SectionReader {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for SectionReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SectionReader").finish_non_exhaustive()
+    }
 }
 
 /// Bytes of libdeflate's decompressor, which does not tell: Huffman tables of 2342, 402 and 128 entries and what they are made of.
 const DEFLATE_BYTES: usize = 12 << 10;
 
 impl SectionReader {
-    /// Panics when memory runs out.
-    pub(crate) fn new() -> Self {
+    /// A reader of sections of any compression.
+    ///
+    /// # Panics
+    /// When memory runs out.
+    #[must_use]
+    pub fn new() -> Self {
         Self { zstd: DCtx::create(), deflate: Decompressor::new() }
     }
 
@@ -207,8 +223,14 @@ impl SectionReader {
     }
 
     /// The `expected_bytes` bytes of a section: the section itself if stored, else decompressed into the front of
-    /// `scratch`, which is at least as long. Neither allocates.
-    pub(crate) fn read<'a>(
+    /// `scratch`, which is at least as long; zstd is fastest if it is twice as long and 128 KiB more. Neither allocates.
+    ///
+    /// # Errors
+    /// What is wrong with the section.
+    ///
+    /// # Panics
+    /// When `scratch` is too short.
+    pub fn read<'a>(
         &mut self,
         compression: Compression,
         section: &'a [u8],
@@ -222,22 +244,28 @@ impl SectionReader {
         if got_bytes > expected_bytes {
             return Err(FrameError::Outgrown { got_bytes, expected_bytes });
         }
-        let out = &mut scratch[..expected_bytes];
         match compression {
             Compression::None => return Err(FrameError::Uncompressed { got_bytes, expected_bytes }),
-            Compression::Zstd => self.read_frame(section, out)?,
-            Compression::Deflate => {
-                check_deflate(self.deflate.deflate_decompress(section, out), expected_bytes)?
-            }
+            Compression::Zstd => self.read_frame(section, expected_bytes, scratch)?,
+            Compression::Deflate => check_deflate(
+                self.deflate.deflate_decompress(section, &mut scratch[..expected_bytes]),
+                expected_bytes,
+            )?,
         }
-        Ok(out)
+        Ok(&scratch[..expected_bytes])
     }
 
-    /// Fills `out` from a section that must be one frame of its length.
-    fn read_frame(&mut self, section: &[u8], out: &mut [u8]) -> Result<(), FrameError> {
-        let expected_bytes = out.len();
+    /// Fills the front of `scratch` from a section that must be one frame of so many bytes.
+    fn read_frame(
+        &mut self,
+        section: &[u8],
+        expected_bytes: usize,
+        scratch: &mut [u8],
+    ) -> Result<(), FrameError> {
         check_frame(section, expected_bytes)?;
-        let written = self.zstd.decompress(out, section).map_err(zstd_error)?;
+        // All of the scratch: zstd decodes literals behind the block's place if there is room for them, and otherwise
+        // in two pieces, one of which it then moves: an eighth of its time. `docs/CODEC.md` has the measurement.
+        let written = self.zstd.decompress(scratch, section).map_err(zstd_error)?;
         if written != expected_bytes {
             return Err(FrameError::ContentSize { got_bytes: Some(written as u64), expected_bytes });
         }

@@ -21,25 +21,26 @@ use crate::dtype::OutDtype;
 use crate::packing::Packing;
 
 /// A plane to dequantize: codes, scales and offsets as they lie, and what to make of them.
-#[derive(Clone, Copy)]
-pub(crate) struct Job<'a> {
-    pub(crate) packing: Packing,
+#[derive(Debug, Clone, Copy)]
+pub struct Job<'a> {
+    /// How codes are packed.
+    pub packing: Packing,
     /// Low bits of the codes.
-    pub(crate) plain: &'a [u8],
+    pub plain: &'a [u8],
     /// The rest of the codes, decompressed.
-    pub(crate) section: &'a [u8],
+    pub section: &'a [u8],
     /// One per channel, or one per head row.
-    pub(crate) scales: &'a [f32],
+    pub scales: &'a [f32],
     /// As many as there are scales.
-    pub(crate) offsets: &'a [f32],
+    pub offsets: &'a [f32],
     /// Whether scales are those of channels.
-    pub(crate) per_channel: bool,
-    pub(crate) head_dim: usize,
-    /// Scales and offsets are already divided by the scale of FP8.
-    pub(crate) out_dtype: OutDtype,
+    pub per_channel: bool,
+    /// Dimensions of a head row.
+    pub head_dim: usize,
+    /// Type of the elements; scales and offsets are already divided by the scale of FP8.
+    pub out_dtype: OutDtype,
     /// Whether to write past the caches.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
-    pub(crate) streaming: bool,
+    pub streaming: bool,
 }
 
 impl Job<'_> {
@@ -95,7 +96,10 @@ impl Job<'_> {
 
 /// Writes the plane to `out`, little-endian. The sizes of codes, scales, offsets and `out` agree; `row` has room for
 /// one head row.
-pub(crate) fn dequantize(isa: Isa, job: &Job<'_>, row: &mut [u8], out: &mut [u8]) {
+///
+/// # Panics
+/// When sizes don't agree.
+pub fn dequantize(isa: Isa, job: &Job<'_>, row: &mut [u8], out: &mut [u8]) {
     job.check(out);
     match isa {
         #[cfg(target_arch = "x86_64")]
