@@ -29,7 +29,6 @@ def parse_arguments():
     parser.add_argument("--input", type=pathlib.Path, default=SAMPLE, help="KV cache to fetch and decode [the sample]")
     parser.add_argument("--program", type=pathlib.Path, default=ROOT / "target/release/shadowserve")
     parser.add_argument("--testpmd", default="dpdk-testpmd", help="the program [dpdk-testpmd]")
-    parser.add_argument("--measure", help="the built example `measure` of crate compress [cargo builds it]")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement [5]")
     parser.add_argument("--seconds", type=int, default=2, help="of each round of receiving [2]")
     parser.add_argument("--repeat", type=int, default=30, help="fetches in each round end to end [30]")
@@ -145,16 +144,17 @@ def receive(pair, rounds):
 
 
 def bare_loop(arguments):
-    """Encoded Gbps of loops that only decompress, and only decode, by codec."""
-    built = [arguments.measure] if arguments.measure else ["cargo", "run", "--quiet", "--release", "-p", "compress", "--example", "measure"]
-    command = [*built, str(arguments.input.resolve())]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    """Times of loops over the same planes that only decompress, and only decode, by codec."""
+    cpu = arguments.cpus.split(",")[0]
+    command = [arguments.program, "bench", "codec", "--json", "--codecs", ",".join(CODECS), "--compressions", "none,zstd", "--cpus", cpu,
+               "--slots", "4", "--input", str(arguments.input.resolve())]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     figures = {}
-    for line in text.splitlines():
-        words = line.replace("|", " ").split()
-        if words and words[0] in CODECS:
-            ratio, times = float(words[1]), [float(word) for word in words[4:8] if word != "-"]
-            figures[words[0]] = {"ratio": ratio, "bare_us": times[0], "fused_us": times[2]}
+    for result in report["results"]:
+        if result["compression"] == ("none" if result["codec"] == "raw" else "zstd"):
+            # Nothing is to be decompressed of raw planes: they are copied.
+            bare = result["fused_cached_us"] if result["codec"] == "raw" else result["bare_us"]
+            figures[result["codec"]] = {"ratio": result["ratio"], "bare_us": bare, "fused_us": result["whole_us"]}
     return figures
 
 

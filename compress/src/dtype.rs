@@ -46,6 +46,14 @@ impl Dtype {
         }
     }
 
+    /// The bits of the smallest number that is not subnormal.
+    pub(crate) const fn smallest_normal(self) -> u16 {
+        match self {
+            Self::Bf16 => 0x0080,
+            Self::F16 => 0x0400,
+        }
+    }
+
     /// The value of an element given by its bits.
     pub(crate) fn widen(self, bits: u16) -> f32 {
         match self {

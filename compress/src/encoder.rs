@@ -5,7 +5,7 @@ use crate::payload::{Codes, Layout, LayoutError, SECTION_LENGTH_BYTES};
 use crate::quantize::{self, Ranges};
 use crate::section::{Content, SectionWriter};
 use crate::{
-    Codec, Compression, PlaneCodec, Quantizer, Shape, ShapeError, Side, cachegen, checksum, lossless,
+    Codec, Compression, Isa, PlaneCodec, Quantizer, Shape, ShapeError, Side, cachegen, checksum, lossless,
     plane_of,
 };
 
@@ -53,6 +53,7 @@ pub enum EncodeError {
 /// Encodes chunks; reuses its buffers and contexts from chunk to chunk.
 pub struct Encoder {
     codecs: Box<dyn Fn(u16, Side) -> PlaneCodec + Send>,
+    isa: Isa,
     sections: SectionWriter,
     scratch: Scratch,
 }
@@ -61,7 +62,7 @@ pub struct Encoder {
 struct Scratch {
     values: Vec<f32>,
     ranges: Ranges,
-    scales: Vec<f32>,
+    reciprocals: Vec<f32>,
     offsets: Vec<f32>,
     codes: Vec<u8>,
     packed: [Vec<u8>; 2],
@@ -100,6 +101,7 @@ impl Encoder {
     pub fn mixed(codecs: impl Fn(u16, Side) -> PlaneCodec + Send + 'static, zstd_level: i32) -> Self {
         Self {
             codecs: Box::new(codecs),
+            isa: Isa::detect(),
             sections: SectionWriter::new(zstd_level),
             scratch: Scratch::default(),
         }
@@ -174,13 +176,17 @@ impl Encoder {
                 None
             }
             Some(codes) => {
-                quantize::widen(plane, shape.dtype, &mut self.scratch.values)
-                    .map_err(|element| EncodeError::NotFinite { layer, side, element })?;
-                match quantizer {
-                    Quantizer::PerToken => self.quantize_tokens(shape, bins, out),
-                    _ => self.quantize_groups(shape, quantizer, codes.largest, out),
+                if let Some(element) = quantize::first_not_finite(self.isa, plane, shape.dtype) {
+                    return Err(EncodeError::NotFinite { layer, side, element });
                 }
-                self.write_codes(shape, codes, compression, out)?;
+                match quantizer {
+                    Quantizer::PerToken => self.quantize_tokens(shape, bins, codes, plane, out),
+                    _ => self.quantize_groups(shape, quantizer, codes, plane, out),
+                }
+                let section = &self.scratch.packed[0];
+                self.sections
+                    .write(compression, Content::Codes, section, out)
+                    .map_err(EncodeError::Compression)?;
                 // Offsets and magnitudes are elements, so in the elements' own type they are exact.
                 Some(shape.dtype)
             }
@@ -222,51 +228,50 @@ impl Encoder {
         write(low, out)
     }
 
-    /// Writes scales and offsets of the plane in `scratch.values`, and leaves its codes in `scratch.codes`.
-    fn quantize_groups(&mut self, shape: &Shape, quantizer: Quantizer, largest_code: u8, out: &mut Vec<u8>) {
-        let Scratch { values, ranges, scales, offsets, codes, .. } = &mut self.scratch;
+    /// Writes scales, offsets and the plain part of the codes, and leaves what is to be compressed in
+    /// `scratch.packed[0]`.
+    fn quantize_groups(
+        &mut self,
+        shape: &Shape,
+        quantizer: Quantizer,
+        Codes { packing, largest }: Codes,
+        plane: &[u8],
+        out: &mut Vec<u8>,
+    ) {
+        let Scratch { ranges, reciprocals, offsets, codes, packed: [section, _], .. } = &mut self.scratch;
         let dtype = shape.dtype;
-        ranges.measure(values, shape, quantizer);
-        scales.clear();
+        quantize::measure(self.isa, plane, shape, quantizer, ranges);
+        reciprocals.clear();
         offsets.clear();
         let start = out.len();
         out.resize(start + 4 * ranges.smallest.len(), 0);
         let (scale_bytes, offset_bytes) = out[start..].split_at_mut(2 * ranges.smallest.len());
         let bytes = scale_bytes.chunks_exact_mut(2).zip(offset_bytes.chunks_exact_mut(2));
-        for ((&smallest, &largest), (scale_bytes, offset_bytes)) in
+        for ((&smallest, &greatest), (scale_bytes, offset_bytes)) in
             ranges.smallest.iter().zip(&ranges.largest).zip(bytes)
         {
-            let (scale, offset) = quantize::scale_and_offset(smallest, largest, largest_code, dtype);
+            let (scale, offset) = quantize::scale_and_offset(smallest, greatest, largest, dtype);
             scale_bytes.copy_from_slice(&scale.to_le_bytes());
             offset_bytes.copy_from_slice(&offset.to_le_bytes());
-            scales.push(dtype.widen(scale));
+            reciprocals.push(quantize::reciprocal(dtype.widen(scale)));
             offsets.push(dtype.widen(offset));
         }
-        quantize::quantize(values, scales, offsets, shape, quantizer, largest_code, codes);
+        let per_channel = quantizer == Quantizer::PerChannel;
+        let groups = quantize::Groups { reciprocals, offsets, per_channel, largest_code: largest, packing };
+        section.clear();
+        quantize::quantize(self.isa, plane, shape, &groups, codes, out, section);
     }
 
-    /// Writes the largest magnitude of each token of the plane in `scratch.values`, and leaves its codes in
-    /// `scratch.codes`.
-    fn quantize_tokens(&mut self, shape: &Shape, bins: u8, out: &mut Vec<u8>) {
-        let Scratch { values, codes, .. } = &mut self.scratch;
+    /// As [`Encoder::quantize_groups`], with the largest magnitude of each token.
+    fn quantize_tokens(&mut self, shape: &Shape, bins: u8, packing: Codes, plane: &[u8], out: &mut Vec<u8>) {
+        let Scratch { values, codes, packed: [section, _], .. } = &mut self.scratch;
+        quantize::widen(plane, shape.dtype, values);
         codes.clear();
         for token in values.chunks_exact(shape.channels()) {
             let magnitude = cachegen::quantize_token(token, bins, shape.dtype, codes);
             out.extend_from_slice(&magnitude.to_le_bytes());
         }
-    }
-
-    /// Packs the codes in `scratch.codes`, and writes their plain part and their section.
-    fn write_codes(
-        &mut self,
-        shape: &Shape,
-        codes: Codes,
-        compression: Compression,
-        out: &mut Vec<u8>,
-    ) -> Result<(), EncodeError> {
-        let Self { sections, scratch: Scratch { codes: unpacked, packed: [section, _], .. }, .. } = self;
         section.clear();
-        codes.packing.pack(unpacked, usize::from(shape.head_dim), out, section);
-        sections.write(compression, Content::Codes, section, out).map_err(EncodeError::Compression)
+        packing.packing.pack(codes, usize::from(shape.head_dim), out, section);
     }
 }

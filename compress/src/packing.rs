@@ -63,49 +63,59 @@ impl Packing {
     /// Appends the plain part of `codes` to `plain` and the part to be compressed to `section`. `head_dim` is a
     /// multiple of [`dims_multiple`](Self::dims_multiple), and there are whole head rows of codes.
     pub(crate) fn pack(self, codes: &[u8], head_dim: usize, plain: &mut Vec<u8>, section: &mut Vec<u8>) {
-        for row in codes.chunks_exact(head_dim) {
-            match self {
-                Self::Nibbles => nibbles(row, 0, section),
-                Self::NibblesAndNibbles => {
-                    nibbles(row, 0, plain);
-                    nibbles(row, 4, section);
-                }
-                Self::NibblesAndBits => {
-                    bits(row, plain);
-                    nibbles(row, 1, section);
-                }
-                Self::CrumbsAndBits => {
-                    bits(row, plain);
-                    crumbs(row, 1, section);
-                }
+        codes.chunks_exact(head_dim).for_each(|row| self.pack_row(row, plain, section));
+    }
+
+    /// [`Packing::pack`] of one head row.
+    #[inline(always)]
+    pub(crate) fn pack_row(self, row: &[u8], plain: &mut Vec<u8>, section: &mut Vec<u8>) {
+        match self {
+            Self::Nibbles => nibbles(row, 0, section),
+            Self::NibblesAndNibbles => {
+                nibbles(row, 0, plain);
+                nibbles(row, 4, section);
+            }
+            Self::NibblesAndBits => {
+                bits(row, plain);
+                nibbles(row, 1, section);
+            }
+            Self::CrumbsAndBits => {
+                bits(row, plain);
+                crumbs(row, 1, section);
             }
         }
     }
 }
 
 /// Four bits of each code from bit `shift` up: byte `j` has dimension `j` in its low and `j + dim / 2` in its high bits.
+#[inline(always)]
 fn nibbles(row: &[u8], shift: u32, out: &mut Vec<u8>) {
     let (low, high) = row.split_at(row.len() / 2);
-    out.extend(low.iter().zip(high).map(|(low, high)| (low >> shift & 0x0f) | (high >> shift << 4)));
+    out.extend(low.iter().zip(high).map(|(low, high)| ((low >> shift) & 0x0f) | ((high >> shift) << 4)));
 }
 
 /// Two bits of each code from bit `shift` up: byte `j` has dimensions `j`, `j + dim / 4`, `j + dim / 2` and
 /// `j + dim / 4 * 3`, from the lowest bits to the highest.
+#[inline(always)]
 fn crumbs(row: &[u8], shift: u32, out: &mut Vec<u8>) {
-    let quarter = row.len() / 4;
-    out.extend((0..quarter).map(|j| {
-        (0..4)
-            .map(|part| (row[part * quarter + j] >> shift & 3) << (2 * part))
-            .fold(0, |byte, bits| byte | bits)
+    let (low, high) = row.split_at(row.len() / 2);
+    let ((first, second), (third, fourth)) = (low.split_at(low.len() / 2), high.split_at(high.len() / 2));
+    let two = |code: u8| (code >> shift) & 3;
+    let rows = first.iter().zip(second).zip(third.iter().zip(fourth));
+    out.extend(rows.map(|((&first, &second), (&third, &fourth))| {
+        two(first) | two(second) << 2 | two(third) << 4 | two(fourth) << 6
     }));
 }
 
 /// The lowest bit of each code: bit `i` of byte `j` is that of dimension `8 * j + i`.
+#[inline(always)]
 fn bits(row: &[u8], out: &mut Vec<u8>) {
-    out.extend(
-        row.chunks_exact(8)
-            .map(|codes| codes.iter().enumerate().fold(0, |byte, (bit, code)| byte | (code & 1) << bit)),
-    );
+    out.extend(row.as_chunks::<8>().0.iter().map(|codes| {
+        // The product moves bit 8 * i to bit 56 + i, and no two bits to one place.
+        let lowest = u64::from_le_bytes(*codes) & 0x0101_0101_0101_0101;
+        let [.., byte] = lowest.wrapping_mul(0x0102_0408_1020_4080).to_le_bytes();
+        byte
+    }));
 }
 
 impl Packing {

@@ -116,7 +116,7 @@ pub fn quantize(
             }
             _ => {
                 let (scale, offset) = widen_group(groups[group], scale_dtype)?;
-                let ratio = if scale == 0.0 { 0.0 } else { (value - offset) / scale };
+                let ratio = if scale == 0.0 { 0.0 } else { (value - offset) * (1.0 / scale) };
                 ratio.clamp(0.0, f32::from(largest_code)).round_ties_even()
             }
         };
@@ -161,14 +161,19 @@ fn scale_and_offset(members: &[f32], codes: u8, dtype: Dtype) -> (u16, u16) {
         })
     };
     let bits: Vec<u16> = (0..dtype.exponent_mask()).collect();
-    let mut scale = u16::try_from(bits.partition_point(|&bits| !covers(bits))).unwrap_or(u16::MAX);
+    let covering = u16::try_from(bits.partition_point(|&bits| !covers(bits))).unwrap_or(u16::MAX);
+    // No subnormal scale: it might have no reciprocal.
+    let normal = (1 << dtype.exponent_mask().trailing_zeros()).max(covering);
+    let mut scale = if covering == 0 { 0 } else { normal };
     // Only next to the end of bfloat16: the largest code must stay finite.
     let ends_finite =
         |bits: u16| widen(bits, dtype).is_some_and(|scale| f32::from(codes) * scale + smallest <= BF16_MAX);
     while !ends_finite(scale) {
         scale -= 1;
     }
-    (scale, narrow(smallest, dtype))
+    // Zero is stored without a sign.
+    let offset = narrow(smallest, dtype);
+    (scale, if smallest == 0.0 { 0 } else { offset })
 }
 
 fn largest_code(codec: PlaneCodec) -> u8 {
