@@ -2,6 +2,7 @@
 //! scratch that stays in the core's cache.
 
 use crate::dequantize::{self, Job};
+use crate::dtype::BF16_MAX;
 use crate::format::PlaneEntry;
 use crate::groups::Groups;
 use crate::payload::{Codes, Layout, LayoutError, SECTION_LENGTH_BYTES, max_encoded_bytes};
@@ -489,7 +490,27 @@ impl Inner {
             streaming,
         };
         dequantize::dequantize(isa, &job, row, out);
+        // Scales were checked with the largest code. Codes beyond it mean nothing, but there are bits for them.
+        let most = f32::from(parts.codes.packing.largest_code());
+        let may_overflow = |(scale, offset): (&f32, &f32)| (most * scale + offset).abs() > BF16_MAX;
+        if entry.codec == Codec::CacheGen
+            && matches!(out_dtype, OutDtype::Bf16)
+            && scales.iter().zip(offsets).any(may_overflow)
+        {
+            make_finite(out);
+        }
         Ok(())
+    }
+}
+
+/// Replaces infinite bf16 elements by the largest finite ones.
+fn make_finite(out: &mut [u8]) {
+    const INFINITE: u16 = 0x7f80;
+    for element in out.chunks_exact_mut(Dtype::BYTES) {
+        let bits = u16::from_le_bytes([element[0], element[1]]);
+        if bits & 0x7fff == INFINITE {
+            element.copy_from_slice(&(bits - 1).to_le_bytes());
+        }
     }
 }
 

@@ -35,6 +35,16 @@ impl Packing {
         }
     }
 
+    /// The largest code that there are bits for.
+    pub(crate) const fn largest_code(self) -> u8 {
+        match self {
+            Self::Nibbles => 15,
+            Self::NibblesAndNibbles => 255,
+            Self::NibblesAndBits => 31,
+            Self::CrumbsAndBits => 7,
+        }
+    }
+
     /// What the head dimension must be a multiple of.
     pub(crate) const fn dims_multiple(self) -> u16 {
         match self {
