@@ -7,6 +7,9 @@ PACKAGES := build-essential pkg-config libclang-dev libdpdk-dev dpdk python3 pyt
 VENV := target/python
 # Memory that `make demo` reserves as hugepages when it may, in MiB.
 HUGEMEM_MIB ?= 1024
+# How long `make fuzz` runs each target, and which; the sanitizer needs what stable Rust only has with RUSTC_BOOTSTRAP.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= chunk plane_none plane_zstd plane_deflate control wire serve
 # What `make demo` fetches and how: empty means the sample inside the binary.
 INPUT ?=
 CODEC ?= int4
@@ -64,6 +67,12 @@ bench: build hugepages ## the measurements of perf/, as a table and as JSON
 soak: build ## 200,000 seeds of the simulator and a hundred thousand fetches: nothing may fail or leak
 	$(CARGO) run --release -p sim -- soak --seeds $(SOAK_SEEDS)
 	SHADOWSERVE_FETCHES=100000 $(CARGO) test --release --test fetch nothing_leaks
+
+fuzz: setup ## FUZZ_SECONDS of each fuzz target, from the corpora that `make test` replays
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install cargo-fuzz --locked
+	@cd fuzz && for target in $(FUZZ_TARGETS); do \
+		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=60 -print_final_stats=1 || exit 1; \
+	done
 
 clean: ## remove what cargo built
 	$(CARGO) clean

@@ -205,7 +205,7 @@ impl PlaneJob {
 
     /// The encoded plane, piece by piece.
     pub(crate) fn pieces(&self) -> impl Iterator<Item = &[u8]> {
-        let packets = self.segments[..self.segment_count].iter().flatten().map(Mbuf::data);
+        let packets = self.segments[..self.segment_count].iter().flatten().flat_map(Mbuf::segments);
         packets.chain(self.tail.iter().flat_map(Mbuf::segments))
     }
 
@@ -215,8 +215,8 @@ impl PlaneJob {
         let mut offset = start;
         let mut packets = self.segments[..self.segment_count].iter().flatten();
         let first = packets.position(|packet| {
-            let is_here = offset < packet.data().len();
-            offset -= if is_here { 0 } else { packet.data().len() };
+            let is_here = offset < packet.total_bytes();
+            offset -= if is_here { 0 } else { packet.total_bytes() };
             is_here
         })?;
         if self.segment_count - first > usize::from(u16::MAX) {

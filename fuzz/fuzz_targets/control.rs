@@ -1,0 +1,7 @@
+//! Commands and completions between client and data plane.
+#![no_main]
+
+#[path = "../../control/tests/fuzzed/mod.rs"]
+mod fuzzed;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzzed::message(data));
