@@ -16,6 +16,7 @@ use protocol::ChunkShape;
 use protocol::key::chain;
 use store::kv_file::KvFile;
 
+use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
 use crate::flags::{EalFlags, NamespaceFlags, PortFlags};
 use crate::{bench_codec, bench_gpu};
 
@@ -103,7 +104,8 @@ fn config(flags: &RxFlags) -> anyhow::Result<Config> {
     Ok(Config {
         iface: flags.port.config(1, 4800)?,
         placement,
-        store: flags.store,
+        stores: vec![flags.store],
+        replicas: 1,
         store_mac: None,
         gateway: None,
         socket: PathBuf::new(),
@@ -112,7 +114,10 @@ fn config(flags: &RxFlags) -> anyhow::Result<Config> {
         slot_bytes: 1 << 20,
         pages: flags.eal.pages(),
         compress_dev: None,
-        window_segments: flags.window,
+        window_segments: Some(flags.window),
+        link_mbps: 0,
+        queue_tolerance: Duration::from_micros(DEFAULT_QUEUE_TOLERANCE_US),
+        schedule: protocol::Schedule::default(),
         max_fetches: 4,
         max_chunks: 2048,
         max_layers: 128,

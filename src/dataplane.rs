@@ -9,16 +9,33 @@ use anyhow::Context;
 use clap::Args;
 use dataplane::{Config, Placement, StageKind};
 use dpdk::Eal;
+use protocol::Schedule;
 
 use crate::flags::{self, DEFAULT_SOCKET, EalFlags, PortFlags, parse_mac};
 use crate::gpu_flags::GpuFlags;
 
+/// A poll loop's turn, a burst of interrupts, another thread on the core: what is no queue of the network.
+pub(crate) const DEFAULT_QUEUE_TOLERANCE_US: u64 = 100;
+
+/// Gbit/s, with a fraction, as Mbit/s.
+fn parse_gbps(text: &str) -> Result<u32, String> {
+    let gbps: f64 = text.parse().map_err(|_| format!("'{text}' is no number of Gbit/s"))?;
+    if !(0.001..=4000.0).contains(&gbps) {
+        return Err(format!("{gbps} Gbit/s is outside 0.001 to 4000"));
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bounded above")]
+    Ok((gbps * 1000.0) as u32)
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
-    /// Where the store is: address and UDP port
-    #[arg(long, value_name = "ADDRESS:PORT", required = true)]
-    store: Option<SocketAddr>,
-    /// MAC address that packets for the store go to, instead of asking by ARP or neighbour
+    /// Where the stores are: address and UDP port of each; again for another, or separated by commas
+    #[arg(long, value_name = "ADDRESS:PORT", required = true, value_delimiter = ',')]
+    store: Vec<SocketAddr>,
+    /// How many of the stores keep each chunk; the same as their own --replicas
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    replicas: usize,
+    /// MAC address that packets for the stores go to, instead of asking by ARP or neighbour
     /// discovery
     #[arg(long, value_name = "MAC", value_parser = parse_mac)]
     store_mac: Option<[u8; 6]>,
@@ -59,9 +76,18 @@ pub(crate) struct PipelineFlags {
     /// Compression device that decompresses Deflate planes: compress_isal, compress_zlib or a BlueField's PCI address
     #[arg(long, value_name = "DEVICE")]
     pub(crate) compress_dev: Option<String>,
-    /// Packets that may be asked for and not have arrived, over all queues
-    #[arg(long, value_name = "PACKETS", default_value_t = 512)]
-    pub(crate) window: u32,
+    /// Most packets that may be asked for and not have arrived, over all queues [default: as many as --mbufs has room for]
+    #[arg(long, value_name = "PACKETS")]
+    pub(crate) window: Option<u32>,
+    /// Rate of the link in Gbit/s, to be filled from the first moment and never exceeded [default: it is measured]
+    #[arg(long, value_name = "GBPS", value_parser = parse_gbps)]
+    pub(crate) link_gbps: Option<u32>,
+    /// Delay beyond the least round trip that is not taken for a queue, in microseconds: what the machine itself adds
+    #[arg(long, value_name = "US", default_value_t = DEFAULT_QUEUE_TOLERANCE_US)]
+    pub(crate) queue_tolerance_us: u64,
+    /// Which fetch is asked for first: srf (shortest remaining), edf (earliest deadline) or rr (round robin)
+    #[arg(long, value_name = "SCHEDULE", default_value_t = Schedule::default())]
+    pub(crate) schedule: Schedule,
     /// Fetches carried out at once; more wait
     #[arg(long, value_name = "COUNT", default_value_t = 64)]
     pub(crate) max_fetches: u16,
@@ -71,7 +97,7 @@ pub(crate) struct PipelineFlags {
     /// Layers of the deepest model
     #[arg(long, value_name = "COUNT", default_value_t = 128)]
     pub(crate) max_layers: u16,
-    /// Least time without a packet after which those asked for count as lost, in microseconds
+    /// Least time without a packet after which everything asked of a store counts as lost, in microseconds
     #[arg(long, value_name = "US", default_value_t = 5_000)]
     pub(crate) rto_min_us: u64,
 }
@@ -82,7 +108,8 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let config = Config {
         iface: flags.port.config(queues, flags.udp_port)?,
         placement: flags.pipeline.lcores.clone(),
-        store: flags.store.context("--store is missing")?,
+        stores: flags.store.clone(),
+        replicas: flags.replicas,
         store_mac: flags.store_mac,
         gateway: flags.gateway,
         socket: flags.socket.clone(),
@@ -92,6 +119,9 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         pages: flags.eal.pages(),
         compress_dev: flags.pipeline.compress_dev.clone(),
         window_segments: flags.pipeline.window,
+        link_mbps: flags.pipeline.link_gbps.unwrap_or(0),
+        queue_tolerance: Duration::from_micros(flags.pipeline.queue_tolerance_us),
+        schedule: flags.pipeline.schedule,
         max_fetches: flags.pipeline.max_fetches,
         max_chunks: flags.pipeline.max_chunks,
         max_layers: flags.pipeline.max_layers,
@@ -99,7 +129,8 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         idle_sleep: flags.eal.idle_sleep(),
         gpu: flags.gpu.config()?,
     };
-    config.next_hop()?;
+    config.next_hops()?;
+    config.store_placement()?;
     let stop = flags::stop_on_signals()?;
     let eal = Eal::start(&flags.eal.config(flags.pipeline.lcores.cpus(), &config.iface.device))?;
     dataplane::run(&eal, &config, &stop)?;

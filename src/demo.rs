@@ -21,6 +21,7 @@ use store::keeper::Keeper;
 use store::kv_file::KvFile;
 use store::load::LoadConfig;
 
+use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
 use crate::fetch::Run;
 use crate::flags::STORE_UDP_PORT;
 use crate::verify::Expected;
@@ -414,11 +415,13 @@ impl OneProcess {
             memory_bytes: None,
             pin: false,
             pages: PageChoice::Base,
+            share: None,
         })?;
         let config = dataplane::Config {
             iface: iface(dataplane_port, DATA_PLANE_IP, 4800)?,
             placement: stage.placement.clone(),
-            store: format!("10.99.0.1:{STORE_UDP_PORT}").parse()?,
+            stores: vec![format!("10.99.0.1:{STORE_UDP_PORT}").parse()?],
+            replicas: 1,
             store_mac: None,
             gateway: None,
             socket: stage.socket.clone(),
@@ -427,7 +430,10 @@ impl OneProcess {
             slot_bytes: 1 << 20,
             pages: PageChoice::Base,
             compress_dev: stage.compress_dev.clone(),
-            window_segments: 512,
+            window_segments: Some(512),
+            link_mbps: 0,
+            queue_tolerance: Duration::from_micros(DEFAULT_QUEUE_TOLERANCE_US),
+            schedule: protocol::Schedule::default(),
             max_fetches: 16,
             max_chunks: 4096,
             max_layers: 128,

@@ -1,5 +1,6 @@
 //! `shadowserve store`
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -9,7 +10,7 @@ use compress::{Codec, Compression, PlaneCodec};
 use dpdk::Eal;
 use protocol::put::AcceptConfig;
 use store::keeper::Keeper;
-use store::load::LoadConfig;
+use store::load::{LoadConfig, Share};
 
 use crate::flags::{self, EalFlags, NamespaceFlags, PortFlags, STORE_UDP_PORT};
 
@@ -42,6 +43,13 @@ pub(crate) struct Flags {
     /// Credit for chunks on their way in: packets asked for and not arrived, per queue
     #[arg(long, value_name = "PACKETS", default_value_t = 512)]
     put_window: u32,
+    /// All stores that share the chunks, this one too, as address and port; it then loads its share. Give the same to the data
+    /// planes as --store
+    #[arg(long, value_name = "ADDRESS:PORT,...", value_delimiter = ',')]
+    stores: Vec<SocketAddr>,
+    /// How many of --stores keep each chunk
+    #[arg(long, value_name = "COUNT", default_value_t = 1, requires = "stores")]
+    replicas: usize,
     /// CPUs to serve on, one queue each, as in 2-3 or 2+4
     #[arg(long, value_name = "CPUS", default_value = "0")]
     lcores: String,
@@ -64,6 +72,11 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let queues = u16::try_from(cpus.len()).context("--lcores: too many CPUs")?;
     let iface = flags.port.config(queues, flags.udp_port)?;
     let stop = flags::stop_on_signals()?;
+    let own = SocketAddr::new(iface.address.ip, flags.udp_port);
+    let share = match flags.stores.as_slice() {
+        [] => None,
+        stores => Some(Share::new(stores, own, flags.replicas)?),
+    };
     let load = LoadConfig {
         files: flags.load.clone(),
         namespace: flags.namespace.namespace(flags.codec),
@@ -72,6 +85,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         memory_bytes: flags.memory_mib.map(|mib| mib << 20),
         pin: flags.pin_loaded,
         pages: flags.eal.pages(),
+        share,
     };
     let mut keeper = Keeper::load(&load)?;
     let eal = Eal::start(&flags.eal.config(cpus, &iface.device))?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hugepages::PageChoice;
 use iface::IfaceConfig;
+use protocol::{PlacementError, Schedule, store_id};
 
 use crate::gpu::GpuConfig;
 use crate::placement::Placement;
@@ -17,9 +18,11 @@ pub struct Config {
     pub iface: IfaceConfig,
     /// Which lcore runs which stage.
     pub placement: Placement,
-    /// Where the store is.
-    pub store: SocketAddr,
-    /// The MAC address that packets for the store go to, when neither ARP nor neighbour discovery is to find it.
+    /// Where the stores are, at least one.
+    pub stores: Vec<SocketAddr>,
+    /// How many of them keep each chunk.
+    pub replicas: usize,
+    /// The MAC address that packets for the stores go to, when neither ARP nor neighbour discovery is to find it.
     pub store_mac: Option<[u8; 6]>,
     /// Whom packets for other networks go to.
     pub gateway: Option<IpAddr>,
@@ -35,15 +38,21 @@ pub struct Config {
     pub pages: PageChoice,
     /// The compression device that decompresses what it can, if there is one to be used.
     pub compress_dev: Option<String>,
-    /// Credit: packets asked for and not arrived, over all queues.
-    pub window_segments: u32,
+    /// Most packets asked for and not arrived, over all queues; without, as many as memory has room for.
+    pub window_segments: Option<u32>,
+    /// The link's rate in Mbit/s; 0 to measure it.
+    pub link_mbps: u32,
+    /// Delay that is not taken for a queue.
+    pub queue_tolerance: Duration,
+    /// Which fetch is asked for first.
+    pub schedule: Schedule,
     /// Fetches carried out at once; more wait.
     pub max_fetches: u16,
     /// Chunks of one fetch.
     pub max_chunks: u32,
     /// Layers of the deepest model.
     pub max_layers: u16,
-    /// Least time without an arrival after which what was asked for counts as lost.
+    /// Least time without an arrival after which everything asked of a store counts as lost.
     pub rto_min: Duration,
     /// How long an idle lcore naps; zero never.
     pub idle_sleep: Duration,
@@ -64,6 +73,9 @@ pub enum ConfigError {
         /// Our address.
         address: String,
     },
+    /// The stores cannot be.
+    #[error("--store, --replicas: {0}")]
+    Placement(#[from] PlacementError),
     /// A budget is zero.
     #[error("--{0} is 0: give at least 1")]
     Zero(&'static str),
@@ -91,15 +103,27 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// Whom packets for the store go to.
+    /// Whom packets for each store go to.
     ///
     /// # Errors
-    /// When the store cannot be reached from our address.
-    pub fn next_hop(&self) -> Result<IpAddr, ConfigError> {
-        let no_route = || ConfigError::NoRoute { store: self.store, address: self.iface.address.to_string() };
-        let same_version = self.store.is_ipv4() == self.iface.address.ip.is_ipv4();
-        let hop =
-            if self.iface.address.contains(self.store.ip()) { Some(self.store.ip()) } else { self.gateway };
+    /// When a store cannot be reached from our address.
+    pub fn next_hops(&self) -> Result<Vec<IpAddr>, ConfigError> {
+        self.stores.iter().map(|store| self.next_hop(*store)).collect()
+    }
+
+    fn next_hop(&self, store: SocketAddr) -> Result<IpAddr, ConfigError> {
+        let no_route = || ConfigError::NoRoute { store, address: self.iface.address.to_string() };
+        let same_version = store.is_ipv4() == self.iface.address.ip.is_ipv4();
+        let hop = if self.iface.address.contains(store.ip()) { Some(store.ip()) } else { self.gateway };
         hop.filter(|hop| same_version && self.iface.address.contains(*hop)).ok_or_else(no_route)
+    }
+
+    /// Which store keeps which chunk: by their addresses as printed.
+    ///
+    /// # Errors
+    /// When a store is listed twice, or there are fewer than replicas.
+    pub fn store_placement(&self) -> Result<protocol::Placement, ConfigError> {
+        let ids: Vec<u64> = self.stores.iter().map(|store| store_id(&store.to_string())).collect();
+        Ok(protocol::Placement::new(&ids, self.replicas)?)
     }
 }

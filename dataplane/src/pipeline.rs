@@ -112,7 +112,7 @@ impl Budget {
         for (name, value) in [
             ("slots", config.slots),
             ("slot-kib", config.slot_bytes),
-            ("window", config.window_segments as usize),
+            ("window", config.window_segments.map_or(1, |window| window as usize)),
             ("max-fetches", usize::from(config.max_fetches)),
             ("max-chunks", config.max_chunks as usize),
             ("max-layers", usize::from(config.max_layers)),
@@ -148,7 +148,10 @@ impl Budget {
             plane_segments,
             active_planes: 256,
             memory_segments: config.iface.mbufs - reserved,
-            window_segments: config.window_segments.div_ceil(u32::from(queues)),
+            window_segments: config
+                .window_segments
+                .map_or(u32::MAX, |window| window.div_ceil(u32::from(queues)))
+                .min(config.iface.mbufs - reserved),
         })
     }
 
@@ -167,7 +170,11 @@ impl Budget {
             segment_bytes: self.segment_bytes,
             window_segments: self.window_segments,
             memory_segments: self.memory_segments,
+            link_mbps: config.link_mbps / u32::from(self.queues),
+            queue_tolerance: config.queue_tolerance,
+            schedule: config.schedule,
             rto_min: config.rto_min,
+            stores: u16::try_from(config.stores.len()).unwrap_or(u16::MAX),
             seed,
             ..FetchConfig::default()
         }
@@ -210,9 +217,9 @@ impl Pipeline {
     /// Opens the port, makes pools, rings, slots and stages, and starts the lcores.
     pub(crate) fn build(eal: &Eal, config: &Config, gpus: &Gpus) -> Result<(Self, Fetches), BuildError> {
         let budget = Budget::new(config)?;
-        let next_hop = config.next_hop()?;
-        let hops = [NextHop { ip: next_hop, mac: config.store_mac }];
-        let peer = Some((config.store.ip(), config.store.port()));
+        let (stores, hops) = stores_of(config)?;
+        // The device steers what the first store sends; of what others send, a part is passed on between queues.
+        let peer = stores.first().map(|store| (store.ip, store.port));
         let opened = iface::open(eal, &config.iface, peer, &hops)?;
 
         let jobs = u32::from(budget.active_planes) * u32::from(budget.queues);
@@ -225,9 +232,8 @@ impl Pipeline {
             plane_bytes: config.slot_bytes,
             planes_per_chunk: usize::from(config.max_layers) * 2,
         };
-        let store = StoreAddress { ip: config.store.ip(), port: config.store.port(), next_hop };
         let clock = Clock::start();
-        let builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock, gpus };
+        let builder = StageBuilder { eal, config, budget, limits, stores, rings: &rings, clock, gpus };
         let Opened { port, links, pools, ports, .. } = opened;
         let (mut rx_stages, mut ends, mut queues) = (Vec::new(), Vec::new(), Vec::new());
         for (queue, (link, pool)) in (0..).zip(links.into_iter().zip(pools)) {
@@ -268,6 +274,23 @@ impl Pipeline {
     }
 }
 
+/// The stores, and the neighbours through which they are reached.
+pub(crate) fn stores_of(config: &Config) -> Result<(Vec<StoreAddress>, Vec<NextHop>), ConfigError> {
+    let next_hops = config.next_hops()?;
+    let stores = config.stores.iter().zip(&next_hops).map(|(store, next_hop)| StoreAddress {
+        ip: store.ip(),
+        port: store.port(),
+        next_hop: *next_hop,
+    });
+    let mut hops: Vec<NextHop> = Vec::new();
+    for ip in &next_hops {
+        if hops.iter().all(|hop| hop.ip != *ip) {
+            hops.push(NextHop { ip: *ip, mac: config.store_mac });
+        }
+    }
+    Ok((stores.collect(), hops))
+}
+
 fn fill_slots(
     config: &Config,
     gpus: &Gpus,
@@ -293,7 +316,7 @@ pub(crate) struct StageBuilder<'a> {
     pub(crate) config: &'a Config,
     pub(crate) budget: Budget,
     pub(crate) limits: FetchLimits,
-    pub(crate) store: StoreAddress,
+    pub(crate) stores: Vec<StoreAddress>,
     pub(crate) rings: &'a Rings,
     pub(crate) clock: Clock,
     pub(crate) gpus: &'a Gpus,
@@ -315,9 +338,14 @@ impl StageBuilder<'_> {
         let stage = RxStage {
             queue,
             ports,
-            stores: vec![self.store],
+            stores: self.stores.clone(),
+            macs: vec![None; self.stores.len()],
             link,
-            engine: FetchEngine::new(self.budget.engine(self.config, queue, seed()), EncodedChunks)?,
+            engine: FetchEngine::with_placement(
+                self.budget.engine(self.config, queue, seed()),
+                self.config.store_placement()?,
+                EncodedChunks,
+            )?,
             rings: RxRings {
                 decode: self.rings.decode.clone(),
                 returned: self.rings.returned[index].clone(),

@@ -10,7 +10,7 @@ use std::time::Duration;
 use compress::Dtype;
 use dpdk::{Eal, Ring};
 use hugepages::{Arena, ArenaConfig, PageChoice};
-use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Stage, lcore};
+use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, Stage, lcore};
 use protocol::{ChunkShape, Key};
 use serde_json::{Value, json};
 
@@ -20,8 +20,7 @@ use crate::gpu::{GpuConfig, Gpus};
 use crate::job::{
     FetchPart, FetchShared, FetchTarget, PartId, PlaneJob, PlaneOutcome, Progress, QueueMessage,
 };
-use crate::pipeline::{Budget, BuildError, MAX_LOOKUPS, Rings, StageBuilder};
-use crate::rx::StoreAddress;
+use crate::pipeline::{Budget, BuildError, MAX_LOOKUPS, Rings, StageBuilder, stores_of};
 
 /// What to fetch, again and again.
 #[derive(Debug, Clone)]
@@ -71,8 +70,7 @@ pub fn receive_only(
     stop: &AtomicBool,
 ) -> Result<Value, BuildError> {
     let budget = Budget::new(config)?;
-    let next_hop = config.next_hop()?;
-    let hops = [NextHop { ip: next_hop, mac: config.store_mac }];
+    let (stores, hops) = stores_of(config)?;
     let mut opened = iface::open(eal, &config.iface, None, &hops)?;
     let rings = Rings::new(eal, &budget, config, u32::from(budget.active_planes))?;
     let limits = FetchLimits {
@@ -82,10 +80,9 @@ pub fn receive_only(
         plane_bytes: config.slot_bytes,
         planes_per_chunk: usize::from(config.max_layers) * 2,
     };
-    let store = StoreAddress { ip: config.store.ip(), port: config.store.port(), next_hop };
     let clock = Clock::start();
     let gpus = Gpus::new(GpuConfig::default());
-    let builder = StageBuilder { eal, config, budget, limits, store, rings: &rings, clock, gpus: &gpus };
+    let builder = StageBuilder { eal, config, budget, limits, stores, rings: &rings, clock, gpus: &gpus };
     let link = opened.links.swap_remove(0);
     let link_counters = Arc::clone(link.counters());
     let (rx, mut ends) = builder.rx(0, link, opened.ports.clone())?;

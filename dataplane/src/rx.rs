@@ -11,7 +11,7 @@ use protocol::frame::Peer;
 use protocol::reason::DropReason;
 use protocol::time::Instant;
 use protocol::{
-    Accepted, Event, FetchEngine, FetchId, FetchOutcome, LookupId, StoreIndex, TransferId, Verdict,
+    Accepted, Event, FetchEngine, FetchId, FetchOutcome, LookupId, Sources, StoreIndex, TransferId, Verdict,
 };
 
 use crate::chunk_layout::EncodedChunks;
@@ -90,6 +90,8 @@ pub(crate) struct RxStage {
     pub(crate) queue: u16,
     pub(crate) ports: PortMap,
     pub(crate) stores: Vec<StoreAddress>,
+    /// The MAC address of each store's next hop, once it is known.
+    pub(crate) macs: Vec<Option<[u8; 6]>>,
     pub(crate) link: Link,
     pub(crate) engine: FetchEngine<EncodedChunks>,
     pub(crate) rings: RxRings,
@@ -228,7 +230,7 @@ impl RxStage {
                     now,
                     FetchId(part.id.0),
                     Instant::from_nanos(part.deadline_ns),
-                    StoreIndex(0),
+                    Sources::Placed,
                     &part.keys,
                     &part.expect,
                 );
@@ -241,7 +243,7 @@ impl RxStage {
             QueueMessage::Lookup(part) => {
                 let deadline = Instant::from_nanos(part.deadline_ns);
                 let id = LookupId(part.id.0);
-                if self.engine.lookup(now, id, deadline, StoreIndex(0), &part.keys).is_ok() {
+                if self.engine.lookup(now, id, deadline, Sources::Placed, &part.keys).is_ok() {
                     return self.parts.keep(part.id.slot(), message);
                 }
             }
@@ -331,16 +333,22 @@ impl RxStage {
     }
 
     fn transmit(&mut self, now: Instant) -> usize {
-        let Self { queue, ports, stores, link, engine, .. } = self;
-        // Stores on one network resolve together; nothing is asked for before the first answer to ARP.
-        let mac = stores.first().and_then(|store| link.neighbour(store.next_hop));
+        let Self { queue, ports, stores, macs, link, engine, .. } = self;
+        for (mac, store) in macs.iter_mut().zip(stores.iter()) {
+            *mac = link.neighbour(store.next_hop).or(*mac);
+        }
         let mut sent = 0;
-        if let Some(mac) = mac {
+        // Nothing is asked for before somebody can be reached; what is for others is as good as lost until then.
+        if macs.iter().any(Option::is_some) {
             let from_port = ports.port(*queue);
             let mut write = |buffer: &mut [u8]| {
-                let transmit = engine.poll_transmit(now, buffer)?;
-                let store = stores.get(usize::from(transmit.store.0))?;
-                let to = Peer { mac, ip: store.ip, port: store.port };
+                let (transmit, to) = loop {
+                    let transmit = engine.poll_transmit(now, buffer)?;
+                    let index = usize::from(transmit.store.0);
+                    if let (Some(store), Some(mac)) = (stores.get(index), macs[index]) {
+                        break (transmit, Peer { mac, ip: store.ip, port: store.port });
+                    }
+                };
                 Some(Outgoing {
                     from_port,
                     to,

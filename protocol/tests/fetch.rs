@@ -14,8 +14,8 @@ use network::random::Random;
 use network::{Faults, World};
 use proptest::prelude::*;
 use protocol::{
-    ChunkFailure, ChunkShape, FetchConfig, FetchOutcome, Instant, Key, LookupId, LookupOutcome, ServeConfig,
-    StoreIndex,
+    ChunkFailure, ChunkShape, FetchConfig, FetchOutcome, Instant, Key, LookupId, LookupOutcome, Schedule,
+    ServeConfig, Sources, StoreIndex,
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -58,6 +58,20 @@ fn fill(world: &mut World, store: usize, first: u64, count: u64, shape: &ChunkSh
     for key in &keys {
         let chunk = Chunk::new(key, shape, max, &mut world.random);
         world.stores[store].library.insert(*key, chunk);
+    }
+    keys
+}
+
+/// Fills the stores with chunks `first..first + count`, each where it is placed.
+fn fill_placed(world: &mut World, first: u64, count: u64, shape: &ChunkShape) -> Vec<Key> {
+    let keys: Vec<Key> = (first..first + count).map(key).collect();
+    let max = world.engine(0).config().max_plane_bytes;
+    let placement = world.engine(0).placement().clone();
+    for key in &keys {
+        let chunk = Chunk::new(key, shape, max, &mut world.random);
+        for store in placement.candidates(key).as_slice() {
+            world.stores[usize::from(store.0)].library.insert(*key, chunk.clone());
+        }
     }
     keys
 }
@@ -330,6 +344,138 @@ fn slots_are_limited_and_named() {
     assert_eq!(start(9, 0, &keys[..1], &SHAPE, later), Err(StartError::Full(8)));
 }
 
+fn served(world: &World) -> Vec<u64> {
+    world.stores.iter().map(|store| store.engine.counters().segments).collect()
+}
+
+#[test]
+fn chunks_placed_over_stores_come_from_all_of_them() {
+    let mut world = World::with_replicas(20, &FetchConfig { stores: 4, ..config() }, serve(), 2);
+    let keys = fill_placed(&mut world, 0, 120, &SHAPE);
+    let (now, later) = (world.now(), Instant::from_nanos(SECOND));
+    world.engine_mut(0).lookup(now, LookupId(1), later, Sources::Placed, &keys).unwrap();
+    world.start_from(1, Sources::Placed, &keys, &SHAPE, 10 * SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.lookups[&1], (LookupOutcome::Done, 120, 120 * 256));
+    assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done);
+    let served = served(&world);
+    let total: u64 = served.iter().sum();
+    assert!(served.iter().all(|segments| segments * 8 > total), "each has a fair share: {served:?}");
+    assert_eq!(world.engine(0).counters().segments_asked_again, 0);
+}
+
+#[test]
+fn a_dead_store_costs_little_when_there_are_replicas_and_is_used_again_when_it_is_back() {
+    let mut world = World::with_replicas(21, &FetchConfig { stores: 3, ..config() }, serve(), 2);
+    let keys = fill_placed(&mut world, 0, 128, &SHAPE);
+    world.start_from(1, Sources::Placed, &keys, &SHAPE, 10 * SECOND);
+    world.run();
+    let usual = world.records[&(0, 1)].ended.unwrap().0;
+    // Dies in the midst of a fetch.
+    let begin = world.now;
+    world.start_from(2, Sources::Placed, &keys, &SHAPE, begin + 10 * SECOND);
+    world.run_until(begin + usual / 3);
+    world.stores[0].alive = false;
+    world.run();
+    assert_eq!(outcome(&world, 0, 2), FetchOutcome::Done);
+    assert!(world.engine(0).counters().failovers > 0 && world.engine(0).is_silent(StoreIndex(0)));
+    let took = world.records[&(0, 2)].ended.unwrap().0 - begin;
+    assert!(took < 3 * usual + 10_000_000, "{took} where {usual} is usual");
+    // While it is dead, fetches and lookups do without it from the start.
+    let begin = world.now;
+    world.start_from(3, Sources::Placed, &keys, &SHAPE, begin + 10 * SECOND);
+    let now = world.now();
+    let later = now + Duration::from_secs(1);
+    world.engine_mut(0).lookup(now, LookupId(3), later, Sources::Placed, &keys).unwrap();
+    world.run();
+    assert_eq!(outcome(&world, 0, 3), FetchOutcome::Done);
+    assert_eq!(world.lookups[&3].1, 128);
+    let took = world.records[&(0, 3)].ended.unwrap().0 - begin;
+    assert!(took < 3 * usual, "{took} where {usual} is usual");
+    // Back: found by a knock, and used again.
+    world.stores[0].alive = true;
+    world.restart(0);
+    for id in 4..8 {
+        let begin = world.now;
+        world.run_until(begin + 200_000_000);
+        world.start_from(id, Sources::Placed, &keys, &SHAPE, world.now + 10 * SECOND);
+        world.run();
+        assert_eq!(outcome(&world, 0, id), FetchOutcome::Done);
+    }
+    assert!(!world.engine(0).is_silent(StoreIndex(0)));
+    assert!(served(&world)[0] > 0, "the restarted store serves: {:?}", served(&world));
+    world.assert_quiet();
+}
+
+#[test]
+fn what_one_replica_lacks_another_has() {
+    let mut world = World::with_replicas(22, &FetchConfig { stores: 3, ..config() }, serve(), 2);
+    let keys = fill_placed(&mut world, 0, 40, &SHAPE);
+    let placement = world.engine(0).placement().clone();
+    for key in &keys[..39] {
+        let first = placement.candidates(key).as_slice()[0];
+        world.stores[usize::from(first.0)].library.remove(key);
+    }
+    for store in &mut world.stores {
+        store.library.remove(&keys[39]);
+    }
+    let (now, later) = (world.now(), Instant::from_nanos(SECOND));
+    world.engine_mut(0).lookup(now, LookupId(1), later, Sources::Placed, &keys).unwrap();
+    world.start_from(1, Sources::Placed, &keys, &SHAPE, 10 * SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.lookups[&1].1, 39);
+    let record = &world.records[&(0, 1)];
+    assert_eq!(record.failed.iter().collect::<Vec<_>>(), [(&39, &ChunkFailure::NotStored)]);
+    assert_eq!(record.delivered.len(), 39 * 8);
+}
+
+#[test]
+fn a_slow_store_is_hedged() {
+    let run = |replicas| {
+        let mut world = World::with_replicas(23, &FetchConfig { stores: 3, ..config() }, serve(), replicas);
+        let keys = fill_placed(&mut world, 0, 60, &SHAPE);
+        let mut took = 0;
+        for id in 1..30 {
+            // Its answers begin to take 20 ms, now and then.
+            world.stores[1].delay_nanos = if id % 7 == 0 { 20_000_000 } else { 0 };
+            let begin = world.now;
+            world.start_from(id, Sources::Placed, &keys, &SHAPE, begin + 10 * SECOND);
+            world.run();
+            assert_eq!(outcome(&world, 0, id), FetchOutcome::Done);
+            took = took.max(world.records[&(0, id)].ended.unwrap().0 - begin);
+        }
+        world.assert_quiet();
+        took
+    };
+    let (alone, hedged) = (run(1), run(2));
+    assert!(hedged * 2 < alone, "{hedged} with a replica, {alone} without");
+}
+
+#[test]
+fn a_busy_store_is_left_alone_and_everything_still_arrives() {
+    for replicas in [1, 2] {
+        let mut world = World::with_replicas(24, &FetchConfig { stores: 2, ..config() }, serve(), replicas);
+        let keys = fill_placed(&mut world, 0, 60, &SHAPE);
+        // At first for everything, later in the midst of it.
+        world.stores[0].busy_for_nanos = 1_000_000;
+        world.start_from(1, Sources::Placed, &keys, &SHAPE, 10 * SECOND);
+        world.run_until(1_500_000);
+        world.stores[1].busy_for_nanos = 20_000_000;
+        world.run();
+        world.assert_quiet();
+        assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done);
+        let counters = world.engine(0).counters();
+        // Each answer buys 100 us of peace: two or three questions, over 21 ms.
+        assert!((1..1000).contains(&counters.busy), "{counters:?}");
+        assert_eq!(counters.timeouts, 0);
+        if replicas == 2 {
+            assert!(world.records[&(0, 1)].ended.unwrap().0 < 15_000_000, "the other store has it all");
+        }
+    }
+}
+
 /// Budgets, shapes, faults and events of one run, all from one seed.
 fn random_run(seed: u64) {
     let mut random = Random::new(seed ^ 0x5eed);
@@ -352,6 +498,9 @@ fn random_run(seed: u64) {
         rto_min: Duration::from_micros(random.between(50, 500)),
         rto_max: Duration::from_millis(random.between(1, 20)),
         stores: random.between(1, 3) as u16,
+        link_mbps: [0, random.between(10, 20_000) as u32][usize::from(random.chance(0.5))],
+        schedule: [Schedule::ShortestRemaining, Schedule::EarliestDeadline, Schedule::RoundRobin]
+            [random.below(3) as usize],
         seed: seed as u32,
         ..config()
     };
@@ -360,7 +509,8 @@ fn random_run(seed: u64) {
         max_pending_replies: random.between(1, 4) as usize,
         ..serve()
     };
-    let mut world = World::new(seed, &config, serve);
+    let replicas = random.between(1, u64::from(config.stores)) as usize;
+    let mut world = World::with_replicas(seed, &config, serve, replicas);
     world.latency_nanos = random.between(1_000, 100_000);
     world.decode_nanos = random.between(0, 300_000);
     let jitter_nanos = [0, random.below(300_000)][usize::from(random.chance(0.5))];
@@ -374,21 +524,23 @@ fn random_run(seed: u64) {
     let keys: Vec<Vec<Key>> = (0..config.stores)
         .map(|store| fill(&mut world, usize::from(store), u64::from(store) * 1000, 20, &shape))
         .collect();
+    let placed = fill_placed(&mut world, 5000, 20, &shape);
     let mut now = 0;
     for id in 0..random.between(1, 6) {
         let store = random.below(u64::from(config.stores)) as usize;
         let first = random.below(20) as usize;
-        let mut asked = keys[store][first..first + random.between(1, 20 - first as u64) as usize].to_vec();
+        let (sources, from) = match random.chance(0.5) {
+            true => (Sources::Placed, &placed),
+            false => (Sources::One(StoreIndex(store as u16)), &keys[store]),
+        };
+        let mut asked = from[first..first + random.between(1, 20 - first as u64) as usize].to_vec();
         if random.chance(0.2) {
             asked.push(key(999_999));
         }
         let deadline = now + random.between(100_000, 60_000_000);
-        world.start(id, store, &asked, &shape, deadline);
+        world.start_from(id, sources, &asked, &shape, deadline);
         let at = world.now();
-        world
-            .engine_mut(0)
-            .lookup(at, LookupId(id), Instant::from_nanos(deadline), StoreIndex(store as u16), &asked)
-            .ok();
+        world.engine_mut(0).lookup(at, LookupId(id), Instant::from_nanos(deadline), sources, &asked).ok();
         now += random.below(2_000_000);
         world.run_until(now);
         match random.below(8) {

@@ -1,6 +1,7 @@
 //! What a store is started with: files read and encoded, on every CPU the process may use.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use compress::{EncodeError, Encoder, PlaneCodec, Side};
 use hugepages::{ArenaError, Heap, PageChoice, SlotsError};
 use protocol::key::{Key, Namespace, chain};
+use protocol::{Placement, PlacementError, StoreIndex, store_id};
 
 use crate::kv_file::{KvFile, KvFileError};
 
@@ -62,6 +64,41 @@ pub struct LoadConfig {
     pub pin: bool,
     /// Pages that hold them.
     pub pages: PageChoice,
+    /// Which of the chunks to load, if there are other stores for the rest.
+    pub share: Option<Share>,
+}
+
+/// This store's place among those that share the chunks.
+#[derive(Debug, Clone)]
+pub struct Share {
+    /// All of the stores.
+    pub placement: Placement,
+    /// Which of them this one is.
+    pub store: StoreIndex,
+}
+
+impl Share {
+    /// The share of the store at `own` among `stores`, each chunk kept by `replicas` of them.
+    ///
+    /// # Errors
+    /// When `own` is not in the list, or the list cannot be.
+    pub fn new(stores: &[SocketAddr], own: SocketAddr, replicas: usize) -> Result<Self, ShareError> {
+        let ids: Vec<u64> = stores.iter().map(|store| store_id(&store.to_string())).collect();
+        let place = stores.iter().position(|store| *store == own).ok_or(ShareError::NotListed(own))?;
+        let store = StoreIndex(u16::try_from(place).map_err(|_| PlacementError::Stores(stores.len()))?);
+        Ok(Self { placement: Placement::new(&ids, replicas)?, store })
+    }
+}
+
+/// Why a store cannot have a share.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ShareError {
+    /// it is not one of the stores
+    #[error("this store, {0} by --ip and --udp-port, is not in --stores: list all stores, this one too")]
+    NotListed(SocketAddr),
+    /// the stores cannot be
+    #[error("--stores, --replicas: {0}")]
+    Placement(#[from] PlacementError),
 }
 
 /// Reads the files of `config` and encodes every distinct chunk in them.
@@ -70,7 +107,9 @@ pub(crate) fn encode_files(config: &LoadConfig) -> Result<Vec<Encoded>, LoadErro
     let mut jobs = Vec::new();
     for (file, path) in files.iter().zip(&config.files) {
         for (chunk, key) in chain(&config.namespace, file.tokens()).into_iter().enumerate() {
-            jobs.push(Job { file, path, chunk, key });
+            if config.share.as_ref().is_none_or(|share| share.placement.holds(share.store, &key)) {
+                jobs.push(Job { file, path, chunk, key });
+            }
         }
     }
     encode_all(&jobs, config)

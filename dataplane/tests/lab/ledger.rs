@@ -205,7 +205,7 @@ impl Ledger {
             Ok(Message::Data(data)) => {
                 self.predict_data(data.tag, data.segment, data.epoch, data.payload, library)
             }
-            Ok(Message::Error(refusal)) => self.predict_error(refusal.tag, refusal.code),
+            Ok(Message::Error(refusal)) => self.predict_error(refusal.tag, refusal.code, refusal.epoch),
             Ok(Message::LookupReply(reply)) => {
                 let Some(request) = self.requests.get_mut(&reply.request).filter(|request| !request.answered)
                 else {
@@ -269,9 +269,13 @@ impl Ledger {
         or_stale(Fates::SEGMENT)
     }
 
-    fn predict_error(&mut self, number: u32, code: ErrorCode) -> Fates {
+    fn predict_error(&mut self, number: u32, code: ErrorCode, epoch: u64) -> Fates {
         let stale = Fates::dropped(DropReason::Stale);
         let Some(range) = self.receiving(number) else { return stale };
+        let taken = match code == ErrorCode::Busy && epoch != range.epoch {
+            true => Fates::dropped(DropReason::StaleEpoch),
+            false => Fates::CONTROL,
+        };
         if code != ErrorCode::Busy {
             self.stopped.insert(range.handle);
             for tag in self.tags.values_mut() {
@@ -280,7 +284,7 @@ impl Ledger {
                 }
             }
         }
-        if self.shaky.contains(&range.handle) { Fates::CONTROL.or(stale) } else { Fates::CONTROL }
+        if self.shaky.contains(&range.handle) { taken.or(stale) } else { taken }
     }
 }
 

@@ -156,17 +156,6 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.restart_chunk(index);
     }
 
-    /// A store has restarted: what it said of chunks in another epoch than `epoch` holds no longer.
-    pub(super) fn forget_epochs(&mut self, store: StoreIndex, epoch: u64) {
-        for index in ChunkIndex::all(self.chunks.len()) {
-            let slot = &self.chunks[index.at()];
-            let is_pulled = matches!(slot.state, ChunkState::Header | ChunkState::Planes);
-            if is_pulled && slot.store == store && slot.epoch != epoch && slot.missing > 0 {
-                self.refused(index, ErrorCode::StaleEpoch);
-            }
-        }
-    }
-
     /// Stops pulling a chunk and has it looked up again once none of its planes awaits a verdict.
     fn restart_chunk(&mut self, index: ChunkIndex) {
         self.unlist_chunk(index);

@@ -17,7 +17,7 @@ const TOLERANCE_SHARE: u64 = 4;
 /// Least time that a busy store is left alone, in microseconds.
 const LEAST_RETRY_US: u64 = 20;
 /// Most of the same: a store that says more is asked again all the same.
-const MOST_RETRY_NS: u64 = 100_000_000;
+const MOST_RETRY_NS: u64 = 50_000_000;
 
 impl<L: ChunkLayout> FetchEngine<L> {
     /// Takes in a UDP payload that came from `store`. An error is counted already.
@@ -270,6 +270,10 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if transfer.store != store {
             return Err(DropReason::WrongStore);
         }
+        if refusal.code == ErrorCode::Busy && refusal.epoch != transfer.epoch {
+            // A restarted store would have said so: this is a late one, or made up.
+            return Err(DropReason::StaleEpoch);
+        }
         let chunk = transfer.chunk;
         let now = self.now;
         self.store(store).heard(now);
@@ -277,9 +281,6 @@ impl<L: ChunkLayout> FetchEngine<L> {
             self.rest(store, retry_ns, Some(refusal.sequence));
         } else {
             self.refused(chunk, refusal.code);
-        }
-        if refusal.code == ErrorCode::StaleEpoch {
-            self.forget_epochs(store, refusal.epoch);
         }
         Ok(())
     }

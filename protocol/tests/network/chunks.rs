@@ -17,6 +17,7 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 pub const PLANE_ENTRY_BYTES: usize = 20;
 
 /// One encoded chunk: key, plane count, per plane offset, bytes and checksum, header checksum, planes.
+#[derive(Clone)]
 pub struct Chunk {
     pub info: ChunkInfo,
     pub bytes: Vec<u8>,

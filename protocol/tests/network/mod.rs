@@ -17,10 +17,13 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::{IpAddr, Ipv4Addr};
 
-use protocol::wire::message::MAX_CONTROL_BYTES;
+use protocol::wire::message::{
+    ERROR_BYTES, ErrorCode, MAX_CONTROL_BYTES, Message, Refusal, Subject, emit_error,
+};
 use protocol::{
     Accepted, ChunkFailure, ChunkShape, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, Instant, Key,
-    LookupId, LookupOutcome, Peer, ServeConfig, ServeEngine, StoreIndex, TransferId, Verdict,
+    LookupId, LookupOutcome, Peer, Placement, ServeConfig, ServeEngine, Sources, StoreIndex, TransferId,
+    Verdict,
 };
 
 use chunks::{Layout, Library};
@@ -40,6 +43,10 @@ pub struct StoreNode {
     pub engine: ServeEngine,
     pub library: Library,
     pub alive: bool,
+    /// Packets from it take so much longer.
+    pub delay_nanos: u64,
+    /// Until then it answers that it is busy.
+    pub busy_for_nanos: u64,
     pub epoch: u64,
     busy_until: u64,
     config: ServeConfig,
@@ -55,7 +62,7 @@ struct Kept {
 /// What a fetch on one queue should and did do.
 #[derive(Debug)]
 pub struct Record {
-    pub store: usize,
+    pub sources: Sources,
     pub keys: Vec<Key>,
     pub planes: u32,
     pub deadline: u64,
@@ -104,19 +111,35 @@ fn peer(queue: usize) -> Peer {
 
 impl World {
     pub fn new(seed: u64, config: &FetchConfig, serve: ServeConfig) -> World {
+        World::with_replicas(seed, config, serve, 1)
+    }
+
+    /// A world whose stores keep each placed chunk `replicas` times.
+    pub fn with_replicas(seed: u64, config: &FetchConfig, serve: ServeConfig, replicas: usize) -> World {
+        let ids: Vec<u64> = (0..u64::from(config.stores)).collect();
+        let placement = Placement::new(&ids, replicas).expect("a valid placement");
+        let engine = |queue| {
+            FetchEngine::with_placement(FetchConfig { queue, ..*config }, placement.clone(), Layout)
+                .expect("valid budgets")
+        };
         let nodes = (0..config.queues)
-            .map(|queue| Node {
-                engine: FetchEngine::new(FetchConfig { queue, ..*config }, Layout).expect("valid budgets"),
-                kept: BTreeMap::new(),
-                verdicts: Vec::new(),
-            })
+            .map(|queue| Node { engine: engine(queue), kept: BTreeMap::new(), verdicts: Vec::new() })
             .collect();
         let stores = (0..config.stores)
             .map(|store| {
                 let epoch = 1000 + u64::from(store);
                 let config = ServeConfig { epoch, ..serve };
                 let engine = ServeEngine::new(config);
-                StoreNode { engine, library: Library::default(), alive: true, epoch, busy_until: 0, config }
+                StoreNode {
+                    engine,
+                    library: Library::default(),
+                    alive: true,
+                    delay_nanos: 0,
+                    busy_for_nanos: 0,
+                    epoch,
+                    busy_until: 0,
+                    config,
+                }
             })
             .collect();
         World {
@@ -152,15 +175,26 @@ impl World {
 
     /// Starts a fetch on every queue.
     pub fn start(&mut self, id: u64, store: usize, keys: &[Key], shape: &ChunkShape, deadline: u64) {
+        self.start_from(id, StoreIndex(store as u16), keys, shape, deadline);
+    }
+
+    /// The same of chunks that lie on `sources`.
+    pub fn start_from(
+        &mut self,
+        id: u64,
+        sources: impl Into<Sources>,
+        keys: &[Key],
+        shape: &ChunkShape,
+        deadline: u64,
+    ) {
+        let sources = sources.into();
         for queue in 0..self.nodes.len() {
             let now = self.now();
             let at = Instant::from_nanos(deadline);
             let engine = &mut self.nodes[queue].engine;
-            engine
-                .start(now, FetchId(id), at, StoreIndex(store as u16), keys, shape)
-                .expect("a free fetch slot");
+            engine.start(now, FetchId(id), at, sources, keys, shape).expect("a free fetch slot");
             let record = Record {
-                store,
+                sources,
                 keys: keys.to_vec(),
                 planes: shape.planes(),
                 deadline,
@@ -260,6 +294,19 @@ impl World {
         if !node.alive {
             return;
         }
+        if self.now < node.busy_for_nanos {
+            let (tag, sequence, subject) = match Message::new_checked(payload) {
+                Ok(Message::Pull(pull)) => (pull.range.tag, pull.sequence, Subject::Pull),
+                Ok(Message::Lookup(lookup)) => (lookup.request, 0, Subject::Lookup),
+                _ => return,
+            };
+            let busy =
+                Refusal { tag, sequence, subject, code: ErrorCode::Busy, epoch: node.epoch, retry_us: 100 };
+            let mut out = [0; ERROR_BYTES];
+            emit_error(&mut out, &busy).expect("it fits");
+            self.send(now.nanos(), || To::Queue { queue, store }, &out);
+            return;
+        }
         let _ = node.engine.handle_datagram(now, peer(queue), payload, &node.library);
         let mut out = [0_u8; MAX_CONTROL_BYTES];
         loop {
@@ -272,7 +319,7 @@ impl World {
             }
             // One packet a microsecond.
             node.busy_until = node.busy_until.max(self.now) + 1000;
-            let at = node.busy_until;
+            let at = node.busy_until + node.delay_nanos;
             let queue = usize::from(transmit.to.port - PORT);
             self.send(at, || To::Queue { queue, store }, &message);
         }
@@ -320,7 +367,11 @@ impl World {
                 } else if self.random.chance(self.rejected) {
                     Verdict::Rejected(7)
                 } else {
-                    let stored = self.stores[record.store].library.get(&record.keys[chunk as usize]);
+                    let key = &record.keys[chunk as usize];
+                    let stored = match record.sources {
+                        Sources::One(store) => self.stores[usize::from(store.0)].library.get(key),
+                        Sources::Placed => self.stores.iter().find_map(|store| store.library.get(key)),
+                    };
                     if let Some(stored) = stored {
                         assert_eq!(bytes, stored.plane(usize::from(plane)), "delivered what was stored");
                     }
