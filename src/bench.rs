@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
-use compress::Codec;
+use compress::{Codec, PlaneCodec};
 use dataplane::receive_only::{Wanted, receive_only};
 use dataplane::{Config, Placement};
 use dpdk::Eal;
@@ -70,7 +70,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
 fn rx(flags: &RxFlags) -> anyhow::Result<ExitCode> {
     let file = KvFile::open(&flags.tokens_from)?;
     let shape = file.shape();
-    let mut keys = chain(&flags.namespace.namespace(Codec::Raw), file.tokens());
+    let mut keys = chain(&flags.namespace.namespace(&PlaneCodec::from(Codec::Raw).into()), file.tokens());
     // Whole chunks only, and long fetches: what is measured is receiving, not starting.
     keys.truncate((shape.tokens / compress::CHUNK_TOKENS).max(1));
     let keys = keys.iter().copied().cycle().take(2048).collect();

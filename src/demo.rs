@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 use client::{Client, ClientConfig, LookupError, Outcome, Prefix};
-use compress::{Codec, Compression, PlaneCodec};
+use compress::Codecs;
 use dataplane::{Placement, StageKind};
 use dpdk::{Eal, EalConfig, Port};
 use hugepages::PageChoice;
@@ -23,7 +23,7 @@ use store::load::LoadConfig;
 
 use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
 use crate::fetch::Run;
-use crate::flags::STORE_UDP_PORT;
+use crate::flags::{CodecFlags, STORE_UDP_PORT};
 use crate::verify::Expected;
 
 /// Real KV to fetch when no file is given; `perf/samples/ORIGIN.md` says where it comes from.
@@ -43,12 +43,8 @@ pub(crate) struct Flags {
     /// KV cache to fetch [default: a sample inside this program]
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
-    #[arg(long, value_name = "CODEC", default_value = "int4")]
-    codec: Codec,
-    /// How codes are compressed: zstd, none (larger, and several times faster to decode), or deflate (for compression devices)
-    #[arg(long, value_name = "COMPRESSION", default_value = "zstd")]
-    compression: Compression,
+    #[command(flatten)]
+    codec: CodecFlags,
     /// Compression device of the data plane: compress_isal, compress_zlib or a BlueField's PCI address
     #[arg(long, value_name = "DEVICE")]
     compress_dev: Option<String>,
@@ -83,8 +79,11 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         }
     };
     let file = KvFile::open(&input)?;
-    let expected = Expected::new(&file, flags.codec)?;
-    let stage = Stage::new(flags, &input, folder.path())?;
+    let codecs = flags.codec.codecs()?;
+    let shape = file.shape();
+    codecs.check(shape.layers, shape.kv_heads, shape.head_dim)?;
+    let expected = Expected::new(&file, &codecs)?;
+    let stage = Stage::new(flags, codecs, &input, folder.path())?;
     let why_not = flags.in_process.then(|| "--in-process".to_owned()).or_else(why_not_two_processes);
     let system: Box<dyn System> = match why_not {
         None => {
@@ -108,7 +107,9 @@ struct Stage<'a> {
     input: &'a Path,
     folder: &'a Path,
     socket: PathBuf,
-    codec: PlaneCodec,
+    codecs: Codecs,
+    /// The flags that tell a store of it.
+    codec_arguments: Vec<String>,
     compress_dev: Option<String>,
     placement: Placement,
     store_cpu: usize,
@@ -116,7 +117,7 @@ struct Stage<'a> {
 }
 
 impl<'a> Stage<'a> {
-    fn new(flags: &Flags, input: &'a Path, folder: &'a Path) -> anyhow::Result<Self> {
+    fn new(flags: &Flags, codecs: Codecs, input: &'a Path, folder: &'a Path) -> anyhow::Result<Self> {
         let cpus = allowed_cpus()?;
         let store_cpu = flags.store_lcore.unwrap_or(*cpus.last().context("no CPU may be used")?);
         let placement = match &flags.lcores {
@@ -124,9 +125,10 @@ impl<'a> Stage<'a> {
             None => placement_for(&cpus)?,
         };
         let socket = folder.join("control.sock");
-        let codec = PlaneCodec { compression: flags.compression, ..flags.codec.into() };
+        let codec_arguments = flags.codec.arguments();
         let compress_dev = flags.compress_dev.clone();
-        Ok(Self { input, folder, socket, codec, compress_dev, placement, store_cpu, quiet: flags.json })
+        let quiet = flags.json;
+        Ok(Self { input, folder, socket, codecs, codec_arguments, compress_dev, placement, store_cpu, quiet })
     }
 
     fn say(&self, text: &str) {
@@ -139,7 +141,7 @@ impl<'a> Stage<'a> {
         Namespace {
             model: "demo".into(),
             layout: "nhd".into(),
-            codec: self.codec.codec.name().into(),
+            codec: self.codecs.name(),
             ..Namespace::default()
         }
     }
@@ -197,7 +199,7 @@ fn fetch(
     let region = client.register(prefix.sequence_bytes().context("the prefix has no size")?)?;
     let timeout = Duration::from_secs(30);
     let run = Run { client: &client, prefix: &prefix, region: &region, timeout, bar: !flags.json };
-    let (report, last) = run.fetch(flags.codec, flags.repeat, Some(expected))?;
+    let (report, last) = run.fetch(&stage.codecs, flags.repeat, Some(expected))?;
     if let Some(out) = &flags.out {
         run.write(out, file.tokens())?;
     }
@@ -261,26 +263,11 @@ impl TwoProcesses {
         let queues = stage.placement.count(StageKind::Rx);
         let store_cpu = vec![stage.store_cpu.to_string(); queues].join("+");
         let placement = stage.placement.to_string();
-        let store = Process::start(
-            "store",
-            stage,
-            &[
-                "--load",
-                &stage.input.to_string_lossy(),
-                "--codec",
-                stage.codec.codec.name(),
-                "--compression",
-                stage.codec.compression.name(),
-                "--model",
-                "demo",
-                "--lcores",
-                &store_cpu,
-                "--ip",
-                STORE_IP,
-                "--port",
-                &memif("client"),
-            ],
-        )?;
+        let (input, port) = (stage.input.to_string_lossy(), memif("client"));
+        let mut arguments = vec!["--load", &input, "--model", "demo", "--lcores", &store_cpu];
+        arguments.extend(["--ip", STORE_IP, "--port", &port]);
+        arguments.extend(stage.codec_arguments.iter().map(String::as_str));
+        let store = Process::start("store", stage, &arguments)?;
         let store_address = format!("10.99.0.1:{STORE_UDP_PORT}");
         let socket = stage.socket.to_string_lossy();
         let port = memif("server");
@@ -410,7 +397,7 @@ impl OneProcess {
         let mut keeper = Keeper::load(&LoadConfig {
             files: vec![stage.input.into()],
             namespace: stage.namespace(),
-            codec: stage.codec,
+            codecs: stage.codecs.clone(),
             level: compress::DEFAULT_ZSTD_LEVEL,
             memory_bytes: None,
             pin: false,

@@ -8,11 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use client::{Client, ClientConfig, FetchReport, FetchRequest, Outcome, Prefix, Region};
-use compress::Codec;
+use compress::{Codec, Codecs, PlaneCodec};
 use indicatif::{ProgressBar, ProgressStyle};
 use store::kv_file::{self, KvFile};
 
-use crate::flags::{DEFAULT_SOCKET, NamespaceFlags};
+use crate::flags::{self, DEFAULT_SOCKET, NamespaceFlags};
 use crate::report::Report;
 use crate::verify::{Expected, contents, sequence_shape};
 
@@ -30,6 +30,9 @@ pub(crate) struct Flags {
     /// Codec that the store encodes with: raw, lossless, int8, int5, int4, int3 or cachegen
     #[arg(long, value_name = "CODEC", default_value = "int4")]
     codec: Codec,
+    /// Profile that the store encodes with, in the place of --codec
+    #[arg(long, value_name = "FILE", conflicts_with = "codec")]
+    profile: Option<PathBuf>,
     /// Unix socket of the data plane
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
@@ -53,11 +56,15 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let tokens_from = flags.tokens_from.as_deref().context("--tokens-from is missing")?;
     let tokens = read_tokens(tokens_from)?;
     let timeout = Duration::from_millis(flags.timeout_ms);
-    let client = Client::connect(&flags.socket, &ClientConfig::new(flags.namespace.namespace(flags.codec)))?;
+    let codecs = match &flags.profile {
+        Some(path) => flags::read_profile(path)?,
+        None => PlaneCodec::from(flags.codec).into(),
+    };
+    let client = Client::connect(&flags.socket, &ClientConfig::new(flags.namespace.namespace(&codecs)))?;
     let prefix = client.lookup(&tokens, timeout)?;
     if prefix.is_empty() {
         bail!(
-            "nothing of {} is stored under this name: --model, --layout, --codec, --rank and --salt must be those of \
+            "nothing of {} is stored under this name: --model, --layout, --codec or --profile, --rank and --salt must be those of \
              the store",
             tokens_from.display()
         );
@@ -66,9 +73,9 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         eprintln!("only the first {} of {} tokens are stored: fetching those", prefix.tokens, tokens.len());
     }
     let region = client.register(prefix.sequence_bytes().context("the prefix has no size")?)?;
-    let expected = if flags.verify { Some(expected(tokens_from, flags.codec, &prefix)?) } else { None };
+    let expected = if flags.verify { Some(expected(tokens_from, &codecs, &prefix)?) } else { None };
     let run = Run { client: &client, prefix: &prefix, region: &region, timeout, bar: !flags.json };
-    let (report, last) = run.fetch(flags.codec, flags.repeat, expected.as_ref())?;
+    let (report, last) = run.fetch(&codecs, flags.repeat, expected.as_ref())?;
     if let Some(out) = &flags.out {
         run.write(out, &tokens)?;
     }
@@ -91,12 +98,14 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn expected(file: &Path, codec: Codec, prefix: &Prefix) -> anyhow::Result<Expected> {
+fn expected(file: &Path, codecs: &Codecs, prefix: &Prefix) -> anyhow::Result<Expected> {
     let file = KvFile::open(file).context("--verify needs `k` and `v`")?;
     if !prefix.is_whole() {
         bail!("--verify needs the whole sequence to be stored");
     }
-    Expected::new(&file, codec)
+    let shape = file.shape();
+    codecs.check(shape.layers, shape.kv_heads, shape.head_dim)?;
+    Expected::new(&file, codecs)
 }
 
 fn read_tokens(path: &Path) -> anyhow::Result<Vec<i32>> {
@@ -123,7 +132,7 @@ impl Run<'_> {
     /// the end of the last fetch.
     pub(crate) fn fetch(
         &self,
-        codec: Codec,
+        codecs: &Codecs,
         repeat: usize,
         expected: Option<&Expected>,
     ) -> anyhow::Result<(Report, FetchReport)> {
@@ -152,7 +161,7 @@ impl Run<'_> {
         let last = last.context("nothing was fetched")?;
         let stats = serde_json::from_str(&self.client.stats()?).context("the data plane's statistics")?;
         let report = Report {
-            codec: codec.name().to_owned(),
+            codec: codecs.name(),
             chunks: self.prefix.chunks.len(),
             planes: u64::from(last.progress.planes),
             raw_bytes: last.progress.delivered_bytes,

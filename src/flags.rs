@@ -1,12 +1,13 @@
 //! Flags that several subcommands share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use compress::{Codec, Codecs, Compression, PlaneCodec, Profile};
 use dpdk::EalConfig;
 use hugepages::PageChoice;
 use iface::{IfaceConfig, IpPrefix};
@@ -106,6 +107,52 @@ impl EalFlags {
     }
 }
 
+/// How planes are encoded.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CodecFlags {
+    /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
+    #[arg(long, value_name = "CODEC", default_value = "int4", conflicts_with = "profile")]
+    pub(crate) codec: Codec,
+    /// How codes are compressed: zstd, none (larger, and several times faster to decode), or deflate (for compression devices)
+    #[arg(long, value_name = "COMPRESSION", default_value = "zstd", conflicts_with = "profile")]
+    pub(crate) compression: Compression,
+    /// Encode each layer's K and V as this file says, which `shadowserve encode --make-profile` writes
+    #[arg(long, value_name = "FILE")]
+    pub(crate) profile: Option<PathBuf>,
+}
+
+impl CodecFlags {
+    pub(crate) fn codecs(&self) -> anyhow::Result<Codecs> {
+        match &self.profile {
+            Some(path) => read_profile(path),
+            None => Ok(PlaneCodec { compression: self.compression, ..self.codec.into() }.into()),
+        }
+    }
+}
+
+impl CodecFlags {
+    /// These flags again, for another process.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let text = |text: &str| text.to_owned();
+        match &self.profile {
+            Some(path) => vec![text("--profile"), path.to_string_lossy().into_owned()],
+            None => vec![
+                text("--codec"),
+                text(self.codec.name()),
+                text("--compression"),
+                text(self.compression.name()),
+            ],
+        }
+    }
+}
+
+/// Reads `--profile`.
+pub(crate) fn read_profile(path: &Path) -> anyhow::Result<Codecs> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("--profile {}", path.display()))?;
+    let profile = Profile::parse(&text).with_context(|| format!("--profile {}", path.display()))?;
+    Ok(Codecs::Each(Arc::new(profile)))
+}
+
 /// What chunks are named after, beside their tokens. Store and client must say the same.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct NamespaceFlags {
@@ -124,11 +171,12 @@ pub(crate) struct NamespaceFlags {
 }
 
 impl NamespaceFlags {
-    pub(crate) fn namespace(&self, codec: compress::Codec) -> Namespace {
+    /// The namespace of chunks that are encoded so.
+    pub(crate) fn namespace(&self, codecs: &Codecs) -> Namespace {
         Namespace {
             model: self.model.clone(),
             layout: self.layout.clone(),
-            codec: codec.name().to_owned(),
+            codec: codecs.name(),
             rank: self.rank,
             salt: self.salt.clone(),
         }

@@ -5,11 +5,14 @@ mod bench_codec;
 mod bench_gpu;
 mod config_file;
 mod dataplane;
+mod decode;
 mod demo;
 mod doctor;
+mod encode;
 mod fetch;
 mod flags;
 mod gpu_flags;
+mod make_profile;
 mod report;
 mod store;
 mod verify;
@@ -36,6 +39,10 @@ enum Command {
     Fetch(fetch::Flags),
     /// Run a store and a data plane here, fetch a file's whole KV and check every plane
     Demo(demo::Flags),
+    /// Encode a KV cache into a file of chunks, and make profiles: which layer's K and V get how many bits
+    Encode(encode::Flags),
+    /// Decode a file of chunks that `encode` wrote
+    Decode(decode::Flags),
     /// Say what this machine has, what it lacks, and what to do about it
     Doctor(doctor::Flags),
     /// Measure one part alone, beside other programs; `make bench` runs all of it
@@ -62,6 +69,8 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Dataplane(flags) => dataplane::run(&flags),
         Command::Fetch(flags) => fetch::run(&flags),
         Command::Demo(flags) => demo::run(&flags),
+        Command::Encode(flags) => encode::run(&flags),
+        Command::Decode(flags) => decode::run(&flags),
         Command::Doctor(flags) => doctor::run(&flags),
         Command::Bench(command) => bench::run(&command),
     }

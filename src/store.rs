@@ -6,25 +6,20 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use compress::{Codec, Compression, PlaneCodec};
 use dpdk::Eal;
 use protocol::put::AcceptConfig;
 use store::keeper::Keeper;
 use store::load::{LoadConfig, Share};
 
-use crate::flags::{self, EalFlags, NamespaceFlags, PortFlags, STORE_UDP_PORT};
+use crate::flags::{self, CodecFlags, EalFlags, NamespaceFlags, PortFlags, STORE_UDP_PORT};
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
     /// KV caches to load: .safetensors files with `k`, `v` [layers, tokens, kv_heads, head_dim] and `tokens`
     #[arg(long, value_name = "FILE", required_unless_present = "memory_mib", num_args = 1..)]
     load: Vec<PathBuf>,
-    /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
-    #[arg(long, value_name = "CODEC", default_value = "int4")]
-    codec: Codec,
-    /// How codes are compressed: zstd, none (larger, and several times faster to decode), or deflate (for compression devices)
-    #[arg(long, value_name = "COMPRESSION", default_value = "zstd")]
-    compression: Compression,
+    #[command(flatten)]
+    codec: CodecFlags,
     /// zstd level: higher is smaller and slower to encode
     #[arg(long, value_name = "LEVEL", default_value_t = compress::DEFAULT_ZSTD_LEVEL, allow_hyphen_values = true)]
     zstd_level: i32,
@@ -77,10 +72,11 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         [] => None,
         stores => Some(Share::new(stores, own, flags.replicas)?),
     };
+    let codecs = flags.codec.codecs()?;
     let load = LoadConfig {
         files: flags.load.clone(),
-        namespace: flags.namespace.namespace(flags.codec),
-        codec: PlaneCodec { compression: flags.compression, ..flags.codec.into() },
+        namespace: flags.namespace.namespace(&codecs),
+        codecs,
         level: flags.zstd_level,
         memory_bytes: flags.memory_mib.map(|mib| mib << 20),
         pin: flags.pin_loaded,

@@ -3,7 +3,7 @@
 
 use anyhow::Context;
 use client::Region;
-use compress::{Codec, Dtype, Side, reference_decode};
+use compress::{Codecs, Dtype, Side, reference_decode};
 use store::kv_file::{KvFile, SequenceShape};
 
 /// The decoded KV of a whole sequence as two tensors, `[layers, tokens, kv_heads, head_dim]` each: all of K, then all
@@ -14,8 +14,8 @@ pub(crate) struct Expected {
 }
 
 impl Expected {
-    /// What `codec` makes of `file`.
-    pub(crate) fn new(file: &KvFile, codec: Codec) -> anyhow::Result<Self> {
+    /// What `codecs` make of `file`, whose shape they were checked for.
+    pub(crate) fn new(file: &KvFile, codecs: &Codecs) -> anyhow::Result<Self> {
         let shape = file.shape();
         let mut expected = Self { shape, bytes: vec![0; 2 * shape.tensor_bytes()] };
         let mut plane = Vec::new();
@@ -23,6 +23,7 @@ impl Expected {
             for layer in 0..shape.layers {
                 for side in [Side::K, Side::V] {
                     file.read_plane(chunk, layer, side, &mut plane)?;
+                    let codec = codecs.plane(layer, side);
                     let decoded =
                         reference_decode(codec, &shape.chunk(chunk), layer, side, &plane, shape.dtype)
                             .with_context(|| format!("chunk {chunk}, layer {layer}, {side}"))?;

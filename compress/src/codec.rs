@@ -223,28 +223,39 @@ pub struct PlaneCodec {
     pub codec: Codec,
     /// How those bytes are compressed; [`Codec::Raw`] is not, whatever stands here.
     pub compression: Compression,
-    /// Bins of [`Codec::CacheGen`], even, 4 to 254; the other codecs leave it alone.
+    /// Bins of [`Codec::CacheGen`], even, 4 to 254. Of the integer codecs: how many of their codes the encoder uses, at
+    /// least 2, or 0 for all; fewer make a smaller section, and decoders need not know. The others leave it alone.
     pub bins: u8,
+    /// [`Codec::CacheGen`]: the least distance of two codes, in thousandths of the RMS of the token's elements; 0 is
+    /// CacheGen's own rule, whose distance follows from the largest element alone. Decoders need not know.
+    pub step_milli: u16,
 }
 
 /// Bins of `cachegen` unless told otherwise: what LMCache gives the first layers of Llama-8B and Mistral-7B.
 pub const DEFAULT_BINS: u8 = 32;
 
 impl From<Codec> for PlaneCodec {
-    /// With zstd, and [`DEFAULT_BINS`].
+    /// With zstd; [`DEFAULT_BINS`], and all codes of the integer codecs.
     fn from(codec: Codec) -> Self {
-        Self { codec, compression: Compression::Zstd, bins: DEFAULT_BINS }
+        let bins = if codec == Codec::CacheGen { DEFAULT_BINS } else { 0 };
+        Self { codec, compression: Compression::Zstd, bins, step_milli: 0 }
     }
 }
 
 impl PlaneCodec {
     /// Without what the codec has no use for: as it stands in an entry.
     pub(crate) fn normalized(self) -> Self {
+        let plain = Self { step_milli: 0, ..self };
         match self.codec {
-            Codec::Raw => Self { compression: Compression::None, bins: 0, ..self },
-            Codec::CacheGen => self,
-            _ => Self { bins: 0, ..self },
+            Codec::Raw => Self { compression: Compression::None, bins: 0, ..plain },
+            Codec::CacheGen => plain,
+            _ => Self { bins: 0, ..plain },
         }
+    }
+
+    /// The largest code that the encoder uses, of an integer codec whose largest is `largest`.
+    pub(crate) fn largest_used(self, largest: u8) -> u8 {
+        if self.bins == 0 { largest } else { (self.bins - 1).clamp(1, largest) }
     }
 }
 

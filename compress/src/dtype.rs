@@ -55,7 +55,7 @@ impl Dtype {
     }
 
     /// The value of an element given by its bits.
-    pub(crate) fn widen(self, bits: u16) -> f32 {
+    pub fn widen(self, bits: u16) -> f32 {
         match self {
             Self::Bf16 => bf16_to_f32(bits),
             Self::F16 => f16_to_f32(bits),

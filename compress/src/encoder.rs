@@ -160,8 +160,9 @@ impl Encoder {
         if got_bytes != expected_bytes {
             return Err(EncodeError::PlaneBytes { layer, side, got_bytes, expected_bytes });
         }
-        let plane_codec = (self.codecs)(layer, side).normalized();
-        let PlaneCodec { codec, compression, bins } = plane_codec;
+        let asked = (self.codecs)(layer, side);
+        let plane_codec = asked.normalized();
+        let PlaneCodec { codec, compression, bins, .. } = plane_codec;
         let quantizer = Quantizer::choose(codec, shape, side);
         // Refuses, among others, a head dimension that can't be packed.
         let layout = Layout::new(shape, plane_codec, quantizer)?;
@@ -180,8 +181,11 @@ impl Encoder {
                     return Err(EncodeError::NotFinite { layer, side, element });
                 }
                 match quantizer {
-                    Quantizer::PerToken => self.quantize_tokens(shape, bins, codes, plane, out),
-                    _ => self.quantize_groups(shape, quantizer, codes, plane, out),
+                    Quantizer::PerToken => self.quantize_tokens(shape, asked, codes, plane, out),
+                    _ => {
+                        let used = asked.largest_used(codes.largest);
+                        self.quantize_groups(shape, quantizer, codes, used, plane, out);
+                    }
                 }
                 let section = &self.scratch.packed[0];
                 self.sections
@@ -235,6 +239,7 @@ impl Encoder {
         shape: &Shape,
         quantizer: Quantizer,
         Codes { packing, largest }: Codes,
+        used: u8,
         plane: &[u8],
         out: &mut Vec<u8>,
     ) {
@@ -250,25 +255,25 @@ impl Encoder {
         for ((&smallest, &greatest), (scale_bytes, offset_bytes)) in
             ranges.smallest.iter().zip(&ranges.largest).zip(bytes)
         {
-            let (scale, offset) = quantize::scale_and_offset(smallest, greatest, largest, dtype);
+            let (scale, offset) = quantize::scale_and_offset(smallest, greatest, used, largest, dtype);
             scale_bytes.copy_from_slice(&scale.to_le_bytes());
             offset_bytes.copy_from_slice(&offset.to_le_bytes());
             reciprocals.push(quantize::reciprocal(dtype.widen(scale)));
             offsets.push(dtype.widen(offset));
         }
         let per_channel = quantizer == Quantizer::PerChannel;
-        let groups = quantize::Groups { reciprocals, offsets, per_channel, largest_code: largest, packing };
+        let groups = quantize::Groups { reciprocals, offsets, per_channel, largest_code: used, packing };
         section.clear();
         quantize::quantize(self.isa, plane, shape, &groups, codes, out, section);
     }
 
     /// As [`Encoder::quantize_groups`], with the largest magnitude of each token.
-    fn quantize_tokens(&mut self, shape: &Shape, bins: u8, packing: Codes, plane: &[u8], out: &mut Vec<u8>) {
+    fn quantize_tokens(&mut self, shape: &Shape, codec: PlaneCodec, packing: Codes, plane: &[u8], out: &mut Vec<u8>) {
         let Scratch { values, codes, packed: [section, _], .. } = &mut self.scratch;
         quantize::widen(plane, shape.dtype, values);
         codes.clear();
         for token in values.chunks_exact(shape.channels()) {
-            let magnitude = cachegen::quantize_token(token, bins, shape.dtype, codes);
+            let magnitude = cachegen::quantize_token(token, codec, shape.dtype, codes);
             out.extend_from_slice(&magnitude.to_le_bytes());
         }
         section.clear();

@@ -311,7 +311,7 @@ impl PlaneEntry {
             return Err(LayoutError::Bins { codec: self.codec, bins: self.bins });
         }
         let &Self { codec, compression, bins, .. } = self;
-        Layout::new(shape, PlaneCodec { codec, compression, bins }, self.quantizer)
+        Layout::new(shape, PlaneCodec { codec, compression, bins, step_milli: 0 }, self.quantizer)
     }
 
     /// The compressed section of the plane, if it has exactly one: `None` where it is stored, and for the exact codecs.

@@ -12,6 +12,7 @@
 //!
 //! Arrows: nothing here knows of sockets, packets or DPDK.
 
+mod allocate;
 mod cachegen;
 mod checksum;
 mod codec;
@@ -26,6 +27,8 @@ mod lossless;
 mod offload;
 mod packing;
 mod payload;
+mod plane_codec;
+mod profile;
 mod quantize;
 pub mod reference;
 mod section;
@@ -39,6 +42,7 @@ pub mod kernels {
     pub use crate::packing::Packing;
 }
 
+pub use allocate::{Candidate, Goal, allocate};
 pub use checksum::crc32c;
 pub use codec::{Codec, Compression, DEFAULT_BINS, PlaneCodec, Quantizer, UnknownCodec, UnknownCompression};
 pub use decoder::{DecodeError, Decoder};
@@ -51,6 +55,8 @@ pub use format::{
 pub use isa::Isa;
 pub use offload::{Offload, Section, Untaken};
 pub use payload::{LayoutError, max_encoded_bytes};
+pub use plane_codec::UnknownPlaneCodec;
+pub use profile::{Codecs, Profile, ProfileError};
 pub use reference::reference_decode;
 pub use section::{FrameError, SectionReader};
 pub use shape::{

@@ -112,7 +112,7 @@ impl Layout {
 
     /// The layout of a plane of this shape; `shape` has passed [`Shape::check`].
     pub(crate) fn new(shape: &Shape, plane: PlaneCodec, quantizer: Quantizer) -> Result<Self, LayoutError> {
-        let PlaneCodec { codec, compression, bins } = plane;
+        let PlaneCodec { codec, compression, bins, .. } = plane;
         let plane_bytes = shape.plane_bytes();
         match (codec, quantizer) {
             (Codec::Raw, Quantizer::None) if compression == Compression::None => {
@@ -154,7 +154,7 @@ impl Layout {
 
     fn quantized(
         shape: &Shape,
-        PlaneCodec { codec, compression, bins }: PlaneCodec,
+        PlaneCodec { codec, compression, bins, .. }: PlaneCodec,
         groups: usize,
         offsets: usize,
     ) -> Result<Self, LayoutError> {

@@ -172,9 +172,17 @@ fn range_of_row(row: &[u8], widen: &impl Fn(u16) -> f32) -> (f32, f32) {
 /// The offset is exact, but for the sign of zero. The scale is rounded up, so that every element is within half a scale
 /// of what its code stands for, and is not subnormal, so that it has a reciprocal. Only where the largest code would then stand for more
 /// than the largest finite bfloat16 is the scale lowered, and the elements at that end are cut to what the largest code stands for.
-pub(crate) fn scale_and_offset(smallest: f32, largest: f32, largest_code: u8, dtype: Dtype) -> (u16, u16) {
+///
+/// `largest_used` is the largest code that elements get, at most `largest_code`.
+pub(crate) fn scale_and_offset(
+    smallest: f32,
+    largest: f32,
+    largest_used: u8,
+    largest_code: u8,
+    dtype: Dtype,
+) -> (u16, u16) {
     let codes = f32::from(largest_code);
-    let span = (f64::from(largest) - f64::from(smallest)) / f64::from(codes);
+    let span = (f64::from(largest) - f64::from(smallest)) / f64::from(largest_used);
     if span == 0.0 {
         return (0, dtype.narrow(smallest + 0.0));
     }
@@ -282,7 +290,7 @@ mod tests {
                     let pairs = ranges.smallest.iter().zip(&ranges.largest);
                     let (reciprocals, offsets): (Vec<f32>, Vec<f32>) = pairs
                         .map(|(&smallest, &largest)| {
-                            let (scale, offset) = scale_and_offset(smallest, largest, largest_code, dtype);
+                            let (scale, offset) = scale_and_offset(smallest, largest, largest_code, largest_code, dtype);
                             (reciprocal(dtype.widen(scale)), dtype.widen(offset))
                         })
                         .unzip();

@@ -57,7 +57,8 @@ pub fn reference_decode(
     plane: &[u8],
     out_dtype: impl Into<OutDtype>,
 ) -> Result<Vec<u8>, ReferenceError> {
-    let (plane_codec, out_dtype) = (codec.into().normalized(), out_dtype.into());
+    let (asked, out_dtype) = (codec.into(), out_dtype.into());
+    let plane_codec = asked.normalized();
     let codec = plane_codec.codec;
     shape.check().map_err(EncodeError::from)?;
     let (got_bytes, expected_bytes) = (plane.len(), shape.plane_bytes());
@@ -70,7 +71,7 @@ pub fn reference_decode(
     if codec.is_exact() {
         return Ok(plane.to_vec());
     }
-    let quantized = quantize(plane_codec, shape, side, plane).map_err(|element| EncodeError::NotFinite {
+    let quantized = quantize(asked, shape, side, plane).map_err(|element| EncodeError::NotFinite {
         layer,
         side,
         element,
@@ -100,9 +101,13 @@ pub fn quantize(
     for (element, &value) in values.iter().enumerate() {
         members[group_of(element, shape, quantizer)].push(value);
     }
+    let used = match codec.bins {
+        0 => largest_code,
+        codes => u8::clamp(codes - 1, 1, largest_code),
+    };
     let group = |members: &Vec<f32>| match quantizer {
-        Quantizer::PerToken => (magnitude(members, largest_code, scale_dtype), 0),
-        _ => scale_and_offset(members, largest_code, scale_dtype),
+        Quantizer::PerToken => (magnitude(members, largest_code, codec.step_milli, scale_dtype), 0),
+        _ => scale_and_offset(members, used, largest_code, scale_dtype),
     };
     let groups: Vec<_> = members.iter().map(group).collect();
     let code = |(element, &value): (usize, &f32)| {
@@ -117,7 +122,7 @@ pub fn quantize(
             _ => {
                 let (scale, offset) = widen_group(groups[group], scale_dtype)?;
                 let ratio = if scale == 0.0 { 0.0 } else { (value - offset) * (1.0 / scale) };
-                ratio.clamp(0.0, f32::from(largest_code)).round_ties_even()
+                ratio.clamp(0.0, f32::from(used)).round_ties_even()
             }
         };
         #[expect(
@@ -133,9 +138,21 @@ pub fn quantize(
     Ok(Quantized { quantizer, scale_dtype, groups, largest_code, codes })
 }
 
-/// The largest magnitude of a token, or the largest below it all of whose codes stand for finite numbers.
-fn magnitude(members: &[f32], largest_code: u8, dtype: Dtype) -> u16 {
-    let largest = members.iter().fold(0.0_f32, |most, member| member.abs().max(most));
+/// The largest magnitude of a token, or what gives codes of the step's distance, whichever is more; or the largest below
+/// it all of whose codes stand for finite numbers.
+fn magnitude(members: &[f32], largest_code: u8, step_milli: u16, dtype: Dtype) -> u16 {
+    let mut largest = members.iter().fold(0.0_f32, |most, member| member.abs().max(most));
+    if step_milli > 0 {
+        let mut squares = 0.0;
+        for &member in members {
+            squares += f64::from(member) * f64::from(member);
+        }
+        #[expect(clippy::cast_precision_loss, reason = "fewer members than 2^53")]
+        let rms = (squares / members.len() as f64).sqrt();
+        #[expect(clippy::cast_possible_truncation, reason = "what is too large is lowered below")]
+        let asked = (f64::from(step_milli) / 1000.0 * rms * f64::from(largest_code / 2)) as f32;
+        largest = largest.max(asked.min(BF16_MAX));
+    }
     let finite = |&bits: &u16| {
         let numbers = group_numbers((bits, 0), dtype, Quantizer::PerToken, largest_code);
         numbers.is_some_and(|numbers| all_finite(numbers, largest_code))
@@ -149,7 +166,7 @@ fn all_finite((scale, offset): (f32, f32), largest_code: u8) -> bool {
 }
 
 /// Scale and offset of a group: the first scale, from the smallest up, that covers all members.
-fn scale_and_offset(members: &[f32], codes: u8, dtype: Dtype) -> (u16, u16) {
+fn scale_and_offset(members: &[f32], used: u8, codes: u8, dtype: Dtype) -> (u16, u16) {
     let (mut smallest, mut largest) = (members[0], members[0]);
     for &member in members {
         smallest = if member < smallest { member } else { smallest };
@@ -157,7 +174,7 @@ fn scale_and_offset(members: &[f32], codes: u8, dtype: Dtype) -> (u16, u16) {
     }
     let covers = |bits: u16| {
         widen(bits, dtype).is_none_or(|scale| {
-            f64::from(scale) >= (f64::from(largest) - f64::from(smallest)) / f64::from(codes)
+            f64::from(scale) >= (f64::from(largest) - f64::from(smallest)) / f64::from(used)
         })
     };
     let bits: Vec<u16> = (0..dtype.exponent_mask()).collect();
@@ -309,7 +326,7 @@ pub fn decode_plane(
         let (high, low) = (section(high, compression, elements)?, section(low, compression, elements)?);
         return Ok((0..elements).flat_map(|element| [low[element], high[element]]).collect());
     };
-    let plane_codec = PlaneCodec { codec, compression, bins };
+    let plane_codec = PlaneCodec { codec, compression, bins, step_milli: 0 };
     let largest_code = largest_code(plane_codec);
     let bits = |at: usize| u16::from_le_bytes([encoded[at], encoded[at + 1]]);
     let group = |group: usize| match quantizer {

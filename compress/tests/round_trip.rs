@@ -53,8 +53,14 @@ fn codecs() -> impl Strategy<Value = PlaneCodec> {
     let codec = proptest::sample::select(&Codec::ALL);
     let compression = proptest::sample::select(&Compression::ALL);
     let bins = (2_u8..=127).prop_map(|half| half * 2);
-    (codec, compression, prop_oneof![Just(16), Just(32), bins])
-        .prop_map(|(codec, compression, bins)| PlaneCodec { codec, compression, bins })
+    let any_bins = prop_oneof![Just(16), Just(32), bins];
+    let step_milli = prop_oneof![Just(0), 1_u16..1500, any::<u16>()];
+    (codec, compression, any_bins, any::<bool>(), step_milli).prop_map(
+        |(codec, compression, bins, all_codes, step_milli)| {
+            let bins = if all_codes && codec != Codec::CacheGen { 0 } else { bins };
+            PlaneCodec { codec, compression, bins, step_milli }
+        },
+    )
 }
 
 /// Whether the codec packs eight dimensions together, or only two.
@@ -163,7 +169,7 @@ fn a_chunk_may_mix_codecs() {
     let codecs = |layer: u16, side: Side| {
         let compression = if side == Side::K { Compression::Zstd } else { Compression::None };
         let codec = Codec::ALL[usize::from(layer) * 2 % 7 + usize::from(side == Side::V && layer < 3)];
-        PlaneCodec { codec, compression, bins: 16 }
+        PlaneCodec { codec, compression, bins: 16, step_milli: 0 }
     };
     let mut chunk = Vec::new();
     Encoder::mixed(codecs, 1).encode_chunk(&[0; 32], &shape, |_, _| &plane, &mut chunk).unwrap();

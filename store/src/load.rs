@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use compress::{EncodeError, Encoder, PlaneCodec, Side};
+use compress::{Codecs, EncodeError, Encoder, ProfileError, Side};
 use hugepages::{ArenaError, Heap, PageChoice, SlotsError};
 use protocol::key::{Key, Namespace, chain};
 use protocol::{Placement, PlacementError, StoreIndex, store_id};
@@ -28,6 +28,14 @@ pub enum LoadError {
         chunk: usize,
         /// what the encoder said
         source: EncodeError,
+    },
+    /// a file's KV is not of the profile's model
+    #[error("{path}: {source}", path = .path.display())]
+    Profile {
+        /// the file
+        path: PathBuf,
+        /// how they differ
+        source: ProfileError,
     },
     /// the encoded chunks exceed the memory budget
     #[error(
@@ -55,7 +63,7 @@ pub struct LoadConfig {
     /// What the keys are derived from, beside the tokens.
     pub namespace: Namespace,
     /// How planes are encoded.
-    pub codec: PlaneCodec,
+    pub codecs: Codecs,
     /// zstd level.
     pub level: i32,
     /// Bytes of memory for chunks, loaded and saved; without, as much as the loaded ones need, and nothing can be saved.
@@ -106,6 +114,9 @@ pub(crate) fn encode_files(config: &LoadConfig) -> Result<Vec<Encoded>, LoadErro
     let files = config.files.iter().map(|path| KvFile::open(path)).collect::<Result<Vec<_>, _>>()?;
     let mut jobs = Vec::new();
     for (file, path) in files.iter().zip(&config.files) {
+        let shape = file.shape();
+        let checked = config.codecs.check(shape.layers, shape.kv_heads, shape.head_dim);
+        checked.map_err(|source| LoadError::Profile { path: path.clone(), source })?;
         for (chunk, key) in chain(&config.namespace, file.tokens()).into_iter().enumerate() {
             if config.share.as_ref().is_none_or(|share| share.placement.holds(share.store, &key)) {
                 jobs.push(Job { file, path, chunk, key });
@@ -140,7 +151,7 @@ fn encode_all(jobs: &[Job<'_>], config: &LoadConfig) -> Result<Vec<Encoded>, Loa
     let done = Mutex::new((Vec::new(), 0_usize));
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len().max(1));
     let work = || -> Result<(), LoadError> {
-        let mut encoder = Encoder::new(config.codec, config.level);
+        let mut encoder = config.codecs.encoder(config.level);
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(job) = jobs.get(index) else { return Ok(()) };
