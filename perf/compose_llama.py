@@ -29,6 +29,9 @@ SAMPLE = ROOT / "perf/samples/smollm2-135m-kv-640.safetensors"
 LAYERS, HEADS, HEAD_DIM, CHUNK_TOKENS, VOCABULARY = 32, 8, 128, 256, 128_256
 # Heads of the input to draw from at one depth: a few more than the 16 that a layer needs.
 POOL = 18
+# Where RoPE's halves of a head of 64 lie: pairs side by side, as in GGUF's models, unless a file's metadata says `rope:
+# halves apart`, as vLLM has them.
+HALVES = {"pairs": (slice(0, 64, 2), slice(1, 64, 2)), "halves apart": (slice(0, 32), slice(32, 64))}
 
 
 def read(path):
@@ -61,10 +64,9 @@ def draw_heads(shape, layer, generator):
     return list(zip(drawn[0:2 * HEADS:2], drawn[1:2 * HEADS:2]))
 
 
-def widen_head(first, second):
-    """One head of 128 from two of 64: [tokens, 64] each."""
-    halves = [numpy.stack([first[:, half], second[:, half]], axis=2).reshape(len(first), -1)
-              for half in (slice(0, 32), slice(32, 64))]
+def widen_head(first, second, rope):
+    """One head of 128, its halves apart, from two of 64: [tokens, 64] each."""
+    halves = [numpy.stack([first[:, half], second[:, half]], axis=2).reshape(len(first), -1) for half in HALVES[rope]]
     return numpy.concatenate(halves, axis=1)
 
 
@@ -76,7 +78,7 @@ def compose_layer(source, layer, plan):
         start = chunk % whole * CHUNK_TOKENS
         rows = slice(start, start + CHUNK_TOKENS)
         for head, pair in enumerate(plan["passes"][chunk // whole][layer]):
-            out[chunk, :, head] = widen_head(*(source[at][rows, other] for at, other in pair))
+            out[chunk, :, head] = widen_head(*(source[at][rows, other] for at, other in pair), plan["rope"])
     return out
 
 
@@ -93,7 +95,7 @@ def main():
 
     generator = random.Random(flags.seed)
     passes = -(-flags.chunks // (sides[0].shape[1] // CHUNK_TOKENS))
-    plan = {"chunks": range(flags.chunks), "passes": [
+    plan = {"chunks": range(flags.chunks), "rope": metadata.get("rope", "pairs"), "passes": [
         [draw_heads(sides[0].shape, layer, generator) for layer in range(LAYERS)] for _ in range(passes)]}
     tokens = numpy.array([generator.randrange(VOCABULARY) for _ in range(flags.chunks * CHUNK_TOKENS)], "<i4")
 

@@ -268,7 +268,14 @@ impl Encoder {
     }
 
     /// As [`Encoder::quantize_groups`], with the largest magnitude of each token.
-    fn quantize_tokens(&mut self, shape: &Shape, codec: PlaneCodec, packing: Codes, plane: &[u8], out: &mut Vec<u8>) {
+    fn quantize_tokens(
+        &mut self,
+        shape: &Shape,
+        codec: PlaneCodec,
+        packing: Codes,
+        plane: &[u8],
+        out: &mut Vec<u8>,
+    ) {
         let Scratch { values, codes, packed: [section, _], .. } = &mut self.scratch;
         quantize::widen(plane, shape.dtype, values);
         codes.clear();
