@@ -336,6 +336,23 @@ fn bulk(design: Design, seed: u64, path: Path, chunks: u32, faults: Faults) -> S
     scenario
 }
 
+/// Losses and buffers of [`grid`]: of a million packets, and of one bandwidth-delay product.
+pub const GRID: ([u32; 4], [f64; 3]) = ([0, 1000, 10_000, 50_000], [0.25, 1.0, 4.0]);
+
+/// Four stores to one data plane, 58 MB over 100 Gbps and 50 us: a figure for each loss and buffer of [`GRID`].
+pub fn grid(design: Design, seed: u64, loss: u32, buffer: f64) -> Figures {
+    let mut scenario = on_path(design, seed, USUAL, 1, 4);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few MB")]
+    let buffer_bytes = (float(USUAL.bdp_bytes()) * buffer) as u64;
+    let down = LinkConfig { buffer_bytes, mark_bytes: buffer_bytes / 4, ..USUAL.link() };
+    scenario.planes[0].down = down;
+    for store in 1..=4 {
+        scenario.faults_both(store, Faults { loss: Loss::Random(loss), ..NONE });
+        scenario.fetch(0, 0, order(u64::from(store), store, 2 * store..2 * store + 2));
+    }
+    figures(&run(&scenario), 100.0, 1)
+}
+
 fn faulty(design: Design, seed: u64, scale: u32, faults: Faults) -> Figures {
     let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
     figures(&run(&bulk(design, seed, USUAL, chunks, faults)), 100.0, 1)

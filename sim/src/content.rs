@@ -33,8 +33,6 @@ pub struct Catalogue {
     pub shape: ChunkShape,
     /// The chunks.
     pub chunks: Vec<Chunk>,
-    /// Zeros, as many as the largest chunk has bytes: stands for every chunk's bytes where only their number counts.
-    zeros: Vec<u8>,
 }
 
 /// The key of a chunk by number.
@@ -111,9 +109,7 @@ impl Catalogue {
         let shape = ChunkShape { layers, kv_heads: 8, head_dim: 128, dtype: 1 };
         let chunks: Vec<Chunk> =
             (0..count).map(|number| Chunk::new(number, &shape, plane_bytes, random)).collect();
-        let most = chunks.iter().map(|chunk| chunk.info.chunk_bytes).max().unwrap_or(0);
-        let zeros = vec![0; usize::try_from(most).expect("chunks fit memory")];
-        Rc::new(Catalogue { shape, chunks, zeros })
+        Rc::new(Catalogue { shape, chunks })
     }
 
     /// Encoded bytes of the planes of some chunks.
@@ -196,15 +192,6 @@ impl Shelf {
     }
 }
 
-impl Shelf {
-    /// As many bytes as the chunk with this handle has: the network carries sizes only.
-    pub fn bytes(&self, handle: u32) -> Option<&[u8]> {
-        let number = self.number_at(handle)?;
-        let bytes = usize::try_from(self.catalogue.chunks[number as usize].info.chunk_bytes).ok()?;
-        self.catalogue.zeros.get(..bytes)
-    }
-}
-
 impl ChunkSource for Shelf {
     fn find(&self, key: &Key) -> Option<ChunkInfo> {
         let number = number_of(key)?;
@@ -216,6 +203,7 @@ impl ChunkSource for Shelf {
     }
 
     fn chunk_bytes(&self, handle: u32) -> Option<u64> {
-        self.bytes(handle).map(|bytes| bytes.len() as u64)
+        let number = self.number_at(handle)?;
+        Some(self.catalogue.chunks[number as usize].info.chunk_bytes)
     }
 }
