@@ -85,14 +85,26 @@ pub struct Entry {
     pub name: &'static str,
     /// What it is.
     pub about: &'static str,
+    /// The baselines can do it too: they have no decoders and no replicas.
+    for_all: bool,
     /// Makes and runs it; `scale` shortens it: bytes are divided by it.
     measure: fn(Design, u64, u32) -> Figures,
 }
 
+/// A scenario for all designs.
+const fn all(name: &'static str, about: &'static str, measure: fn(Design, u64, u32) -> Figures) -> Entry {
+    Entry { name, about, for_all: true, measure }
+}
+
+/// A scenario that only ours can do.
+const fn ours(name: &'static str, about: &'static str, measure: fn(Design, u64, u32) -> Figures) -> Entry {
+    Entry { name, about, for_all: false, measure }
+}
+
 impl Entry {
-    /// Whether it means anything for a design: the baselines have no decoders.
+    /// Whether a design can do it.
     pub fn is_for(&self, design: Design) -> bool {
-        design == Design::Ours || self.name != "slow-decoder"
+        design == Design::Ours || self.for_all
     }
 
     /// Runs it with one design.
@@ -103,83 +115,83 @@ impl Entry {
 
 /// All named scenarios.
 pub const ENTRIES: &[Entry] = &[
-    Entry {
-        name: "loss-0",
-        about: "100 Gbps, 50 us, no loss",
-        measure: |d, s, k| lossy(d, s, k, Loss::None),
-    },
-    Entry {
-        name: "loss-0.1",
-        about: "100 Gbps, 50 us, 0.1 % of packets lost each way",
-        measure: |d, s, k| lossy(d, s, k, Loss::Random(1000)),
-    },
-    Entry {
-        name: "loss-1",
-        about: "100 Gbps, 50 us, 1 % of packets lost each way",
-        measure: |d, s, k| lossy(d, s, k, Loss::Random(10_000)),
-    },
-    Entry {
-        name: "loss-5",
-        about: "100 Gbps, 50 us, 5 % of packets lost each way",
-        measure: |d, s, k| lossy(d, s, k, Loss::Random(50_000)),
-    },
-    Entry {
-        name: "burst-1",
-        about: "100 Gbps, 50 us, 1 % lost in bursts of 20 packets, of which half are lost",
-        measure: |d, s, k| lossy(d, s, k, Loss::bursts(10_000, 20)),
-    },
-    Entry { name: "long-10g", about: "10 Gbps, 10 ms", measure: long },
-    Entry { name: "fast-400g", about: "400 Gbps, 50 us", measure: fast },
-    Entry {
-        name: "reorder",
-        about: "100 Gbps, 50 us, 1 % of packets late by up to 20 us",
-        measure: |d, s, k| faulty(d, s, k, Faults { reordered: 10_000, reorder_nanos: 20_000, ..NONE }),
-    },
-    Entry {
-        name: "jitter",
-        about: "100 Gbps, 50 us, every packet late by up to 20 us, in order",
-        measure: |d, s, k| faulty(d, s, k, Faults { jitter_nanos: 20_000, ..NONE }),
-    },
-    Entry {
-        name: "duplicate",
-        about: "100 Gbps, 50 us, 1 % of packets come twice",
-        measure: |d, s, k| faulty(d, s, k, Faults { duplicated: 10_000, reorder_nanos: 5000, ..NONE }),
-    },
-    Entry {
-        name: "corrupt",
-        about: "100 Gbps, 50 us, 0.1 % of packets corrupt, a hundredth of these unnoticed by UDP",
-        measure: |d, s, k| faulty(d, s, k, Faults { corrupted: 1000, damaged: 10, ..NONE }),
-    },
-    Entry {
-        name: "incast-16",
-        about: "16 stores to one data plane of 100 Gbps, 50 us, buffer of one bandwidth-delay product",
-        measure: |d, s, k| incast(d, s, k, 16, None),
-    },
-    Entry {
-        name: "incast-256",
-        about: "256 stores to one data plane of 100 Gbps, 50 us, buffer of one bandwidth-delay product",
-        measure: |d, s, k| incast(d, s, k, 256, None),
-    },
-    Entry {
-        name: "incast-64-shared",
-        about: "64 stores, a switch whose ports share 2 MB",
-        measure: |d, s, k| {
-            incast(d, s, k, 64, Some(SwitchConfig { shared_bytes: Some(2_000_000), alpha_percent: 100 }))
-        },
-    },
-    Entry { name: "share-2", about: "two data planes on one store's link of 100 Gbps", measure: share },
-    Entry {
-        name: "short-beside-bulk",
-        about: "8-chunk fetches one after the other beside a bulk fetch, 100 Gbps, 50 us",
-        measure: beside,
-    },
-    Entry {
-        name: "slow-decoder",
-        about: "decoders at half of the link's rate: figures are of their rate",
-        measure: slow_decoder,
-    },
-    Entry { name: "restart", about: "the store is down for 2 ms and restarts", measure: restart },
-    Entry { name: "partition", about: "the network is cut for 5 ms and heals", measure: partition },
+    all("loss-0", "100 Gbps, 50 us, no loss", |d, s, k| lossy(d, s, k, Loss::None)),
+    all("loss-0.1", "100 Gbps, 50 us, 0.1 % of packets lost each way", |d, s, k| {
+        lossy(d, s, k, Loss::Random(1000))
+    }),
+    all("loss-1", "100 Gbps, 50 us, 1 % of packets lost each way", |d, s, k| {
+        lossy(d, s, k, Loss::Random(10_000))
+    }),
+    all("loss-5", "100 Gbps, 50 us, 5 % of packets lost each way", |d, s, k| {
+        lossy(d, s, k, Loss::Random(50_000))
+    }),
+    all("burst-1", "100 Gbps, 50 us, 1 % lost in bursts of 20 packets, of which half are lost", |d, s, k| {
+        lossy(d, s, k, Loss::bursts(10_000, 20))
+    }),
+    all("long-10g", "10 Gbps, 10 ms", long),
+    all("fast-400g", "400 Gbps, 50 us", fast),
+    all("reorder", "100 Gbps, 50 us, 1 % of packets late by up to 20 us", |d, s, k| {
+        faulty(d, s, k, Faults { reordered: 10_000, reorder_nanos: 20_000, ..NONE })
+    }),
+    all("jitter", "100 Gbps, 50 us, every packet late by up to 20 us, in order", |d, s, k| {
+        faulty(d, s, k, Faults { jitter_nanos: 20_000, ..NONE })
+    }),
+    all("duplicate", "100 Gbps, 50 us, 1 % of packets come twice", |d, s, k| {
+        faulty(d, s, k, Faults { duplicated: 10_000, reorder_nanos: 5000, ..NONE })
+    }),
+    all(
+        "corrupt",
+        "100 Gbps, 50 us, 0.1 % of packets corrupt, a hundredth of these unnoticed by UDP",
+        |d, s, k| faulty(d, s, k, Faults { corrupted: 1000, damaged: 10, ..NONE }),
+    ),
+    all(
+        "incast-16",
+        "16 stores to one data plane of 100 Gbps, 50 us, buffer of one bandwidth-delay product",
+        |d, s, k| incast(d, s, k, 16, None),
+    ),
+    all(
+        "incast-256",
+        "256 stores to one data plane of 100 Gbps, 50 us, buffer of one bandwidth-delay product",
+        |d, s, k| incast(d, s, k, 256, None),
+    ),
+    all("incast-64-shared", "64 stores, a switch whose ports share 2 MB", |d, s, k| {
+        incast(d, s, k, 64, Some(SwitchConfig { shared_bytes: Some(2_000_000), alpha_percent: 100 }))
+    }),
+    all("share-2", "two data planes on one store's link of 100 Gbps", share),
+    all(
+        "short-beside-bulk",
+        "8-chunk fetches one after the other beside a bulk fetch, 100 Gbps, 50 us",
+        beside,
+    ),
+    ours("slow-decoder", "decoders at half of the link's rate: figures are of their rate", slow_decoder),
+    all("restart", "the store is down for 2 ms and restarts", restart),
+    all("partition", "the network is cut for 5 ms and heals", partition),
+    ours("jitter-measured", "the same as jitter, the link's rate not given", |d, s, k| {
+        measured(d, s, k, Faults { jitter_nanos: 20_000, ..NONE })
+    }),
+    ours("loss-0-measured", "the same as loss-0, the link's rate not given", |d, s, k| {
+        measured(d, s, k, NONE)
+    }),
+    ours("loss-1-measured", "the same as loss-1, the link's rate not given", |d, s, k| {
+        measured(d, s, k, Faults { loss: Loss::Random(10_000), ..NONE })
+    }),
+    ours("incast-16-measured", "the same as incast-16, the link's rate not given", incast_measured),
+    ours(
+        "placed-4",
+        "four stores of 25 Gbps each, two replicas, all to one data plane of 100 Gbps",
+        |d, s, k| placed(d, s, k, Trouble::None),
+    ),
+    ours("placed-4-dead", "the same, and one store dies and stays dead", |d, s, k| {
+        placed(d, s, k, Trouble::Death)
+    }),
+    ours("placed-4-slow", "the same, and one store's link loses 5 % of its packets", |d, s, k| {
+        placed(d, s, k, Trouble::Loss)
+    }),
+    ours(
+        "hedge",
+        "8-chunk fetches from four stores with two replicas, of which one now and then stalls for 20 ms",
+        hedge,
+    ),
 ];
 
 const NONE: Faults = Faults {
@@ -239,7 +251,8 @@ fn fetch_config(path: Path, stores: u16) -> FetchConfig {
         max_plane_bytes: PLANE_BYTES,
         max_header_bytes: 2048,
         segment_bytes: SEGMENT_BYTES,
-        window_segments: window,
+        window_segments: 1 << 16,
+        link_mbps: path.gbps * 1000,
         memory_segments: 4 * window + 64 * 80,
         rto_min: Duration::from_millis(2),
         rto_max: Duration::from_millis(200),
@@ -253,6 +266,7 @@ fn on_path(design: Design, seed: u64, path: Path, planes: u32, stores: u16) -> S
     let config = PlaneConfig {
         fetch: fetch_config(path, stores),
         first_store: planes,
+        replicas: 1,
         decoders: 4,
         decode_nanos: 0,
         false_corrupt: 0,
@@ -375,6 +389,16 @@ fn fast(design: Design, seed: u64, scale: u32) -> Figures {
 }
 
 fn incast(design: Design, seed: u64, scale: u32, stores: u16, switch: Option<SwitchConfig>) -> Figures {
+    figures(&run(&incast_of(design, seed, scale, stores, switch)), 100.0, 1)
+}
+
+fn incast_measured(design: Design, seed: u64, scale: u32) -> Figures {
+    let mut scenario = incast_of(design, seed, scale, 16, None);
+    scenario.planes[0].config.fetch.link_mbps = 0;
+    figures(&run(&scenario), 100.0, 1)
+}
+
+fn incast_of(design: Design, seed: u64, scale: u32, stores: u16, switch: Option<SwitchConfig>) -> Scenario {
     let mut scenario = on_path(design, seed, USUAL, 1, stores);
     let each = (chunks_for(USUAL, 150 * MILLIS, scale) / u32::from(stores)).max(1);
     if let Some(switch) = switch {
@@ -384,7 +408,7 @@ fn incast(design: Design, seed: u64, scale: u32, stores: u16, switch: Option<Swi
         let first = store * each % 512;
         scenario.fetch(0, 0, order(u64::from(store) + 1, 1 + store, first..first + each));
     }
-    figures(&run(&scenario), 100.0, 1)
+    scenario
 }
 
 /// Two data planes fetch from one store; the second begins when the first has been at it for a while.
@@ -446,11 +470,15 @@ fn short_fetches(design: Design, seed: u64, scale: u32, with_bulk: bool) -> (Vec
     (times, Figures { not_done, ..figures(&world, 100.0, 1) })
 }
 
+/// 99th percentile of sorted nanoseconds, in microseconds.
+fn p99_us(times: &[u64]) -> f64 {
+    float(times[(times.len() * 99).div_ceil(100) - 1]) / 1000.0
+}
+
 fn beside(design: Design, seed: u64, scale: u32) -> Figures {
-    let p99 = |times: &[u64]| float(times[(times.len() * 99).div_ceil(100) - 1]) / 1000.0;
     let (alone, _) = short_fetches(design, seed, scale, false);
     let (times, figures) = short_fetches(design, seed, scale, true);
-    let (alone, beside) = (p99(&alone), p99(&times));
+    let (alone, beside) = (p99_us(&alone), p99_us(&times));
     Figures { p99_us: Some(beside), p99_of_alone: Some(beside / alone), ..figures }
 }
 
@@ -460,6 +488,74 @@ fn slow_decoder(design: Design, seed: u64, scale: u32) -> Figures {
     // Four decoders, together 50 Gbps of payload.
     scenario.planes[0].config.decode_nanos = u64::from(PLANE_BYTES) * 8 * 4 / 50;
     figures(&run(&scenario), 50.0 / ideal_share(), 1)
+}
+
+fn measured(design: Design, seed: u64, scale: u32, faults: Faults) -> Figures {
+    let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
+    let mut scenario = bulk(design, seed, USUAL, chunks, faults);
+    scenario.planes[0].config.fetch.link_mbps = 0;
+    figures(&run(&scenario), 100.0, 1)
+}
+
+/// What befalls the first of several stores.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    None,
+    Death,
+    Loss,
+}
+
+/// One data plane, four stores that share its link's rate, each chunk on two of them.
+fn on_replicas(design: Design, seed: u64) -> Scenario {
+    let mut scenario = on_path(design, seed, USUAL, 1, 4);
+    let link = Path { gbps: 25, ..USUAL }.link();
+    for store in &mut scenario.stores {
+        (store.up, store.down) = (link, link);
+    }
+    scenario.planes[0].config.replicas = 2;
+    scenario
+}
+
+fn placed(design: Design, seed: u64, scale: u32, trouble: Trouble) -> Figures {
+    let mut scenario = on_replicas(design, seed);
+    let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
+    scenario.fetch(0, 0, Order { stores: Vec::new(), ..order(1, 0, 0..chunks) });
+    match trouble {
+        Trouble::None => {}
+        Trouble::Death => {
+            let at = 20 * MILLIS / u64::from(scale);
+            scenario.actions.push((at, Action::Host(1, Deed::Crash)));
+        }
+        Trouble::Loss => scenario.faults_both(1, Faults { loss: Loss::Random(50_000), ..NONE }),
+    }
+    figures(&run(&scenario), 100.0, 1)
+}
+
+fn hedge(design: Design, seed: u64, scale: u32) -> Figures {
+    let times = |with_stalls: bool| {
+        let mut scenario = on_replicas(design, seed);
+        let plane_bytes = 20 * u32::from(SEGMENT_BYTES);
+        scenario.chunks = ChunkSpec { plane_bytes: (plane_bytes, plane_bytes), ..scenario.chunks };
+        let count = 100 / scale.min(10);
+        for number in 0..count {
+            let at = 2 * MILLIS + u64::from(number) * 5 * MILLIS;
+            let first = number * 8 % 1000;
+            let order = Order { stores: Vec::new(), ..order(100 + u64::from(number), 0, first..first + 8) };
+            scenario.fetch(at, 0, order);
+            if with_stalls && number % 10 == 5 {
+                scenario.actions.push((at, Action::Stall(1 + number / 10 % 4, 20 * MILLIS)));
+            }
+        }
+        let world = run(&scenario);
+        let fetches = world.records.fetches.values();
+        let mut times: Vec<u64> =
+            fetches.filter_map(|record| Some(record.ended?.0 - record.started_at)).collect();
+        times.sort_unstable();
+        (p99_us(&times), figures(&world, 100.0, 1))
+    };
+    let (alone, _) = times(false);
+    let (stalled, figures) = times(true);
+    Figures { p99_us: Some(stalled), p99_of_alone: Some(stalled / alone), ..figures }
 }
 
 fn restart(design: Design, seed: u64, scale: u32) -> Figures {

@@ -8,7 +8,7 @@ use crate::record::Records;
 pub struct Order {
     /// Names it in the run.
     pub id: u64,
-    /// The hosts that hold its chunks.
+    /// The host that holds its chunks, or none: each chunk is on the stores that the data plane's placement says.
     pub stores: Vec<u32>,
     /// Its chunks, by number in the run.
     pub chunks: std::ops::Range<u32>,

@@ -14,6 +14,7 @@ use crate::content::{Catalogue, Layout, byte_at};
 use crate::host::{Deed, Host, Order};
 use crate::net::Net;
 use crate::packet::{Packet, Source};
+use crate::random::mix;
 use crate::record::{Answer, End, Records};
 
 /// A simulated data plane.
@@ -23,6 +24,8 @@ pub struct PlaneConfig {
     pub fetch: FetchConfig,
     /// The host that is store 0; the others follow it.
     pub first_store: u32,
+    /// Stores that hold each chunk of a fetch that names no single store.
+    pub replicas: u8,
     /// Decoders, shared by all queues.
     pub decoders: u32,
     /// Time that a decoder takes for a plane.
@@ -112,10 +115,17 @@ fn decoding_end(end: FetchOutcome) -> End {
 impl PlaneHost {
     /// A data plane with nothing to do.
     pub fn new(id: u32, config: PlaneConfig, catalogue: Rc<Catalogue>) -> PlaneHost {
+        let ids: Vec<u64> = (0..u64::from(config.fetch.stores)).map(|store| mix(store + 1)).collect();
+        let placement = Placement::new(&ids, usize::from(config.replicas))
+            .unwrap_or_else(|error| panic!("the scenario's stores cannot be placed: {error}"));
+        let engine = |queue| {
+            let config = FetchConfig { queue, ..config.fetch };
+            FetchEngine::with_placement(config, placement.clone(), Layout)
+                .unwrap_or_else(|error| panic!("the scenario's budgets cannot work: {error}"))
+        };
         let lanes = (0..config.fetch.queues)
             .map(|queue| Lane {
-                engine: FetchEngine::new(FetchConfig { queue, ..config.fetch }, Layout)
-                    .unwrap_or_else(|error| panic!("the scenario's budgets cannot work: {error}")),
+                engine: engine(queue),
                 kept: (0..config.fetch.active_planes).map(|_| Kept::default()).collect(),
                 kept_segments: 0,
                 parts: BTreeMap::new(),
@@ -141,19 +151,28 @@ impl PlaneHost {
         Instant::from_nanos(net.now + self.ahead_nanos)
     }
 
+    fn sources(&self, order: &Order) -> Sources {
+        match order.stores.as_slice() {
+            [store] => {
+                let store = store - self.config.first_store;
+                Sources::One(StoreIndex(u16::try_from(store).expect("stores are numbered in 16 bits")))
+            }
+            _ => Sources::Placed,
+        }
+    }
+
     fn start(&mut self, net: &Net, records: &mut Records, order: Order) {
         let (id, now) = (order.id, self.clock(net));
         let keys: Vec<Key> =
             order.chunks.clone().map(|chunk| self.catalogue.chunks[chunk as usize].key).collect();
         let bytes = self.catalogue.payload_bytes(order.chunks.clone());
         let deadline = now.nanos() + order.deadline_nanos;
-        let store = order.stores[0] - self.config.first_store;
-        let store = StoreIndex(u16::try_from(store).expect("stores are numbered in 16 bits"));
+        let sources = self.sources(&order);
         let order = Rc::new(order);
         records.started(id, self.id, net.now, bytes);
         for lane in &mut self.lanes {
             lane.engine
-                .start(now, FetchId(id), Instant::from_nanos(deadline), store, &keys, &self.catalogue.shape)
+                .start(now, FetchId(id), Instant::from_nanos(deadline), sources, &keys, &self.catalogue.shape)
                 .unwrap_or_else(|error| panic!("fetch {id} was refused: {error}"));
             let part = Part {
                 order: Rc::clone(&order),
@@ -172,9 +191,9 @@ impl PlaneHost {
         let keys: Vec<Key> =
             order.chunks.clone().map(|chunk| self.catalogue.chunks[chunk as usize].key).collect();
         let deadline = now.nanos() + order.deadline_nanos;
-        let store = StoreIndex(u16::try_from(order.stores[0] - self.config.first_store).expect("few stores"));
+        let sources = self.sources(order);
         let at = Instant::from_nanos(deadline);
-        match self.lanes[0].engine.lookup(now, LookupId(order.id), at, store, &keys) {
+        match self.lanes[0].engine.lookup(now, LookupId(order.id), at, sources, &keys) {
             Ok(()) => {
                 let asked = u32::try_from(keys.len()).expect("few keys");
                 assert!(records.lookups.insert(order.id, Answer { asked, ended: None }).is_none());

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use protocol::{FetchConfig, ServeConfig};
+use protocol::{FetchConfig, Schedule, ServeConfig};
 use serde::Serialize;
 
 use crate::host::{Deed, Order};
@@ -120,10 +120,11 @@ pub fn scenario(seed: u64) -> Scenario {
     let most: u32 = number(r.pick(&[300, 3000, 3000, 20_000, 60_000]));
     let chunks = ChunkSpec { count: 20, layers, plane_bytes: (1, number(r.between(1, u64::from(most)))) };
     let fetch = budgets(r, &chunks, stores, seed);
+    let replicas = number(r.between(1, u64::from(stores.min(3))));
     let mut scenario = Scenario {
         seed,
         design: Design::Ours,
-        planes: (0..planes).map(|_| plane(r, fetch)).collect(),
+        planes: (0..planes).map(|_| plane(r, fetch, replicas)).collect(),
         stores: (0..stores).map(|_| store(r)).collect(),
         switch: SwitchConfig {
             shared_bytes: r.chance(300_000).then(|| r.between(10_000, 500_000)),
@@ -173,6 +174,9 @@ fn budgets(r: &mut Random, chunks: &ChunkSpec, stores: u16, seed: u64) -> FetchC
         rto_min: Duration::from_micros(r.between(50, 2000)),
         rto_max: Duration::from_millis(r.between(2, 20)),
         stores,
+        link_mbps: r.pick(&[0, 1000, 100_000]),
+        queue_tolerance: Duration::from_micros(r.pick(&[1, 20, 20, 200])),
+        schedule: r.pick(&[Schedule::ShortestRemaining, Schedule::EarliestDeadline, Schedule::RoundRobin]),
         ..FetchConfig::default()
     };
     fetch.seed = number(seed & 0xffff_ffff);
@@ -192,11 +196,12 @@ fn lcore(r: &mut Random) -> Lcore {
     Lcore { turn_nanos: r.pick(&[100, 1000, 1000, 10_000]), ring: number(r.pick(&[64, 512, 4096])) }
 }
 
-fn plane(r: &mut Random, fetch: FetchConfig) -> PlaneSpec {
+fn plane(r: &mut Random, fetch: FetchConfig, replicas: u8) -> PlaneSpec {
     let rare = |r: &mut Random, most| if r.chance(200_000) { number(r.below(most)) } else { 0 };
     let config = PlaneConfig {
         fetch,
         first_store: 0,
+        replicas,
         decoders: number(r.between(1, 4)),
         decode_nanos: r.pick(&[0, 1000, 50_000, 500_000]),
         false_corrupt: rare(r, 100_000),
@@ -243,6 +248,7 @@ fn faults(r: &mut Random) -> Faults {
 fn fetches(r: &mut Random, scenario: &mut Scenario) -> u64 {
     let (planes, stores) = (scenario.planes.len() as u64, scenario.stores.len() as u64);
     let count = r.between(1, 6).max(stores.min(16 * u64::from(stores > 4)));
+    let placed = r.chance(400_000);
     let (mut at, mut end) = (0, 0);
     for id in 0..count {
         let first: u32 = number(r.below(20));
@@ -251,7 +257,8 @@ fn fetches(r: &mut Random, scenario: &mut Scenario) -> u64 {
             r.pick(&[100_000, 3_000_000, 60_000_000, 400_000_000, 400_000_000, 6_000_000_000]);
         let store = scenario.store(number(r.below(stores)));
         let plane = number(r.below(planes));
-        let order = Order { id, stores: vec![store], chunks, deadline_nanos };
+        let stores = if placed { Vec::new() } else { vec![store] };
+        let order = Order { id, stores, chunks, deadline_nanos };
         if r.chance(500_000) {
             scenario.actions.push((at, Action::Host(plane, Deed::Lookup(order.clone()))));
         }
