@@ -169,6 +169,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let is_pulled = matches!(self.chunks[index.at()].state, ChunkState::Header | ChunkState::Planes);
         if is_pulled && self.chunks[index.at()].missing > 0 && self.has_alternative(self.chunk_query(index)) {
             self.counters.failovers += 1;
+            self.avoid_present(self.chunk_query(index));
             self.restart_chunk(index);
         }
     }

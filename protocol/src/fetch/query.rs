@@ -38,11 +38,15 @@ pub(super) struct Query {
     rank: u8,
     /// Candidates, a bit each, that do not hold the key.
     missing: u8,
+    /// Candidates that are asked only if there is no other.
+    avoided: u8,
+    /// Times that a store did not answer in time.
+    tries: u8,
 }
 
 impl Query {
     pub(super) const IDLE: Query =
-        Query { state: QueryState::Idle, store: StoreIndex(0), rank: 0, missing: 0 };
+        Query { state: QueryState::Idle, store: StoreIndex(0), rank: 0, missing: 0, avoided: 0, tries: 0 };
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,18 +175,27 @@ impl<L: ChunkLayout> FetchEngine<L> {
     /// Begins to look a key up anew.
     pub(super) fn ask_first(&mut self, query: QueryIndex) {
         assert_eq!(self.queries[query.at()].state, QueryState::Idle, "a query is under way once");
-        self.queries[query.at()] = Query::IDLE;
+        let avoided = self.queries[query.at()].avoided;
+        self.queries[query.at()] = Query { avoided, ..Query::IDLE };
         let asked = self.ask(query);
         assert!(asked, "no store is without the key yet");
+        self.queries[query.at()].avoided = 0;
+    }
+
+    /// Has the next [`ask_first`](Self::ask_first) of a query prefer another store than the present one.
+    pub(super) fn avoid_present(&mut self, query: QueryIndex) {
+        let entry = &mut self.queries[query.at()];
+        entry.avoided = 1 << entry.rank;
     }
 
     /// Has the best candidate asked, from which `missing` are excluded; false if none is left.
     pub(super) fn ask(&mut self, query: QueryIndex) -> bool {
         let (key, candidates) = self.wanted(query);
         let key = *key;
-        let Some((rank, store)) = self.choose(&candidates, self.queries[query.at()].missing) else {
-            return false;
-        };
+        let Query { missing, avoided, .. } = self.queries[query.at()];
+        let chosen =
+            self.choose(&candidates, missing | avoided).or_else(|| self.choose(&candidates, missing));
+        let Some((rank, store)) = chosen else { return false };
         self.knock_at_silent(&candidates, &key);
         let entry = &mut self.queries[query.at()];
         (entry.rank, entry.store, entry.state) = (rank, store, QueryState::Waiting);
@@ -261,10 +274,14 @@ impl<L: ChunkLayout> FetchEngine<L> {
             entry.sent = entry.sent.saturating_add(1);
             entry.sent_at = now;
             let waits = &self.stores[usize::from(store.0)];
-            // The first time a replica may be quicker; after that it is a matter of loss.
-            let wait = match entry.sent {
-                1 if self.placement.replicas() > 1 => waits.hedge_after(),
-                sent => waits.rtt.rto(sent - 1),
+            let queries = &self.queries;
+            let tries =
+                entry.queries.iter().flatten().map(|query| queries[query.at()].tries).max().unwrap_or(0);
+            // The first time a replica may be quicker; after that it is a matter of loss, and of a round trip that may be
+            // longer than was thought: replicas that are each asked too impatiently are never heard.
+            let wait = match (entry.sent, tries) {
+                (1, 0) if self.placement.replicas() > 1 => waits.hedge_after(),
+                (sent, tries) => waits.rtt.rto((sent - 1).saturating_add(tries)),
             };
             entry.rto_at = now.plus_nanos(wait.max(1));
             let rto_at = entry.rto_at;
@@ -326,6 +343,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
             if self.has_alternative(query) {
                 self.drop_query(query);
                 self.counters.failovers += 1;
+                let tries = &mut self.queries[query.at()].tries;
+                *tries = tries.saturating_add(1);
                 let asked = self.ask_elsewhere(query, store);
                 assert!(asked, "an alternative was seen");
             }

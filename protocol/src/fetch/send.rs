@@ -21,6 +21,8 @@ enum Turn {
     Sent(Transmit),
     /// It has nothing that can be asked for now.
     Passed,
+    /// It waits for memory: no other is to begin a plane, but those begun are to be ended, which is what frees some.
+    Full,
     /// Nobody else is to have what it waits for.
     Waits,
 }
@@ -181,7 +183,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Notes when a replica is asked for a header instead.
     fn hedge_header(&mut self, chunk: super::index::ChunkIndex, store: StoreIndex) {
-        if self.placement.replicas() > 1 && self.chunks[chunk.at()].hedge_at == Instant::FAR {
+        let slot = &self.chunks[chunk.at()];
+        if self.placement.replicas() > 1 && slot.hedge_at == Instant::FAR && !slot.is_hedged {
             let at = self.now.plus_nanos(self.store(store).hedge_after());
             let slot = &mut self.chunks[chunk.at()];
             assert_eq!(slot.state, ChunkState::Header, "its header is being pulled");
@@ -203,13 +206,15 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let (schedule, jobs, pulls) = (self.config.schedule, &self.jobs, self.counters.pulls_sent);
         self.ready.sort_unstable_by_key(|index| schedule.rank(&jobs[index.at()], pulls));
         let mut at = 0;
+        let mut may_start = true;
         while let Some(index) = self.ready.get(at).copied() {
-            match self.take_turn(index, now, out) {
+            match self.take_turn(index, may_start, now, out) {
                 Turn::Sent(transmit) => {
                     self.jobs[index.at()].last_turn = self.counters.pulls_sent;
                     return Some(transmit);
                 }
                 Turn::Passed => {}
+                Turn::Full => may_start = false,
                 Turn::Waits => return None,
             }
             let job = &mut self.jobs[index.at()];
@@ -224,7 +229,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         None
     }
 
-    fn take_turn(&mut self, job: JobIndex, now: Instant, out: &mut [u8]) -> Turn {
+    fn take_turn(&mut self, job: JobIndex, may_start: bool, now: Instant, out: &mut [u8]) -> Turn {
         let mut next = self.jobs[job.at()].to_ask.front();
         while let Some(index) = next {
             next = List::behind(&self.transfer_links, index);
@@ -233,13 +238,13 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 turn => return turn,
             }
         }
+        if !may_start {
+            return Turn::Passed;
+        }
         match self.start_plane(job) {
             Started::Plane(index) => self.ask_for(index, now, out),
             Started::Nothing => Turn::Passed,
-            Started::Full => {
-                self.ready_blocked = true;
-                Turn::Waits
-            }
+            Started::Full => Turn::Full,
         }
     }
 

@@ -149,6 +149,8 @@ pub(super) struct ChunkSlot {
     pub(super) lookups: u8,
     /// While its header is pulled: when a replica is asked instead.
     pub(super) hedge_at: Instant,
+    /// Whether one was: once, since a round trip that is longer than was thought would have all replicas asked in vain.
+    pub(super) is_hedged: bool,
     /// Whether it stands in its fetch's list of chunks with planes to start.
     pub(super) listed: bool,
 }
@@ -176,6 +178,7 @@ impl ChunkSlot {
         bad_headers: 0,
         lookups: 0,
         hedge_at: Instant::FAR,
+        is_hedged: false,
         listed: false,
     };
 }

@@ -66,6 +66,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             let hedge_at = chunk.hedge_at;
             if hedge_at <= now {
                 chunk.hedge_at = Instant::FAR;
+                chunk.is_hedged = true;
                 self.fail_over(index);
             } else {
                 self.arm_deadline(hedge_at);
