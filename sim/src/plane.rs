@@ -7,7 +7,7 @@ use std::rc::Rc;
 use protocol::wire::message::MAX_CONTROL_BYTES;
 use protocol::{
     Accepted, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, Instant, Key, LookupId, LookupOutcome,
-    StartError, StoreIndex, TransferId, Verdict,
+    Placement, Sources, StartError, StoreIndex, TransferId, Verdict,
 };
 
 use crate::content::{Catalogue, Layout, byte_at};
