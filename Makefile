@@ -13,11 +13,13 @@ FUZZ_TARGETS ?= chunk plane_none plane_zstd plane_deflate control wire serve
 # What `make demo` fetches and how: empty means the sample inside the binary.
 INPUT ?=
 CODEC ?= int4
+# Where `make transport` keeps what draws its plot.
+PLOT_VENV := target/plot-venv
 # Seeds of `make soak`.
 SOAK_SEEDS ?= 200000
 DEMO_FLAGS := --codec $(CODEC) $(if $(INPUT),--input $(INPUT))
 
-.PHONY: help setup hugepages build demo test python test-python lint bench soak fuzz quality clean
+.PHONY: help setup hugepages build demo test python test-python lint bench transport soak fuzz quality clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +65,14 @@ lint: setup ## rustfmt and clippy, warnings are errors
 
 bench: build hugepages ## the measurements of perf/, as a table and as JSON
 	perf/bench.py
+
+$(PLOT_VENV)/bin/python:
+	python3 -m venv $(PLOT_VENV)
+	$(PLOT_VENV)/bin/pip install --quiet --disable-pip-version-check 'matplotlib>=3.8,<4'
+
+transport: setup $(PLOT_VENV)/bin/python ## docs/TRANSPORT.md's table and plot again, from the simulator
+	$(CARGO) run --release -p sim -- table --seeds 3 --json perf/results/transport.json --csv perf/results/transport.csv
+	$(PLOT_VENV)/bin/python perf/transport_plot.py perf/results/transport.json docs/transport.png
 
 soak: build ## 200,000 seeds of the simulator and a hundred thousand fetches: nothing may fail or leak
 	$(CARGO) run --release -p sim -- soak --seeds $(SOAK_SEEDS)

@@ -178,7 +178,7 @@ pub const ENTRIES: &[Entry] = &[
     ours("incast-16-measured", "the same as incast-16, the link's rate not given", incast_measured),
     ours(
         "placed-4",
-        "four stores of 25 Gbps each, two replicas, all to one data plane of 100 Gbps",
+        "four stores of 50 Gbps each, two replicas, all to one data plane of 100 Gbps",
         |d, s, k| placed(d, s, k, Trouble::None),
     ),
     ours("placed-4-dead", "the same, and one store dies and stays dead", |d, s, k| {
@@ -505,10 +505,10 @@ enum Trouble {
     Loss,
 }
 
-/// One data plane, four stores that share its link's rate, each chunk on two of them.
+/// One data plane, four stores with half of its link's rate each, each chunk on two of them.
 fn on_replicas(design: Design, seed: u64) -> Scenario {
     let mut scenario = on_path(design, seed, USUAL, 1, 4);
-    let link = Path { gbps: 25, ..USUAL }.link();
+    let link = Path { gbps: 50, ..USUAL }.link();
     for store in &mut scenario.stores {
         (store.up, store.down) = (link, link);
     }

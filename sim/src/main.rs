@@ -1,6 +1,7 @@
 //! `sim`: runs the scenarios and the seeds of the simulator.
 
 use std::fs;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,7 +13,7 @@ use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use comfy_table::{Table, presets};
 
-use sim::catalogue::{ENTRIES, Entry, Row};
+use sim::catalogue::{ENTRIES, Entry, Figures, Row};
 use sim::scenario::Design;
 use sim::seeds::{self, Outcome};
 
@@ -42,9 +43,12 @@ enum Command {
         /// Divide the bytes that are fetched by this.
         #[arg(long, default_value_t = 1)]
         scale: u32,
-        /// Seed of every run.
+        /// The first seed.
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// Seeds of each scenario and design: the table shows medians, the files every run.
+        #[arg(long, default_value_t = 1)]
+        seeds: u64,
         /// Write all figures to this file as JSON.
         #[arg(long)]
         json: Option<PathBuf>,
@@ -113,9 +117,9 @@ fn run(arguments: Arguments) -> anyhow::Result<bool> {
             ENTRIES.iter().for_each(|entry| println!("{:<18} {}", entry.name, entry.about));
             Ok(true)
         }
-        (None, Some(Command::Table { designs, only, scale, seed, json, csv })) => {
+        (None, Some(Command::Table { designs, only, scale, seed, seeds, json, csv })) => {
             let designs = if designs.is_empty() { Design::ALL.to_vec() } else { designs };
-            let rows = measure(&designs, &only, scale, seed)?;
+            let rows = measure(&designs, &only, scale, seed..seed + seeds.max(1))?;
             println!("{}", table(&rows));
             if let Some(path) = json {
                 let text = serde_json::to_string_pretty(&rows)?;
@@ -228,7 +232,7 @@ fn soak(
     Ok(failed.is_empty())
 }
 
-fn measure(designs: &[Design], only: &[String], scale: u32, seed: u64) -> anyhow::Result<Vec<Row>> {
+fn measure(designs: &[Design], only: &[String], scale: u32, seeds: Range<u64>) -> anyhow::Result<Vec<Row>> {
     let is_wanted =
         |entry: &&Entry| only.is_empty() || only.iter().any(|part| entry.name.contains(part.as_str()));
     let entries: Vec<&Entry> = ENTRIES.iter().filter(is_wanted).collect();
@@ -238,7 +242,7 @@ fn measure(designs: &[Design], only: &[String], scale: u32, seed: u64) -> anyhow
     let mut rows = Vec::new();
     for entry in entries {
         for design in designs.iter().filter(|design| entry.is_for(**design)) {
-            rows.push(entry.run(*design, seed, scale));
+            rows.extend(seeds.clone().map(|seed| entry.run(*design, seed, scale)));
         }
     }
     Ok(rows)
@@ -260,24 +264,25 @@ fn table(rows: &[Row]) -> Table {
         "p99/alone",
         "not done",
     ]);
-    for row in rows {
-        let figures = &row.figures;
-        let maybe = |value: Option<f64>, digits: usize| {
-            value.map_or(String::new(), |value| format!("{value:.digits$}"))
+    for runs in rows.chunk_by(|one, other| (one.scenario, one.design) == (other.scenario, other.design)) {
+        let of = |figure: fn(&Figures) -> Option<f64>, digits: usize| {
+            let mut values: Vec<f64> = runs.iter().filter_map(|run| figure(&run.figures)).collect();
+            values.sort_by(f64::total_cmp);
+            values.get(values.len() / 2).map_or(String::new(), |median| format!("{median:.digits$}"))
         };
         table.add_row([
-            row.scenario.to_string(),
-            row.design.name().to_string(),
-            format!("{:.2}", figures.goodput_gbps),
-            format!("{:.3}", figures.of_ideal),
-            format!("{:.2}", figures.lost_percent),
-            format!("{:.2}", figures.resent_percent),
-            maybe(figures.resent_per_lost, 2),
-            format!("{:.0}", figures.queue_peak_us),
-            maybe(figures.jain, 3),
-            maybe(figures.p99_us, 0),
-            maybe(figures.p99_of_alone, 2),
-            figures.not_done.to_string(),
+            runs[0].scenario.to_string(),
+            runs[0].design.name().to_string(),
+            of(|figures| Some(figures.goodput_gbps), 2),
+            of(|figures| Some(figures.of_ideal), 3),
+            of(|figures| Some(figures.lost_percent), 2),
+            of(|figures| Some(figures.resent_percent), 2),
+            of(|figures| figures.resent_per_lost, 2),
+            of(|figures| Some(figures.queue_peak_us), 0),
+            of(|figures| figures.jain, 3),
+            of(|figures| figures.p99_us, 0),
+            of(|figures| figures.p99_of_alone, 2),
+            runs.iter().map(|run| run.figures.not_done).sum::<u64>().to_string(),
         ]);
     }
     table
