@@ -124,5 +124,6 @@ fn config(flags: &RxFlags) -> anyhow::Result<Config> {
         rto_min: Duration::from_millis(5),
         idle_sleep: Duration::ZERO,
         gpu: dataplane::GpuConfig::default(),
+        save: dataplane::SaveConfig::NONE,
     })
 }

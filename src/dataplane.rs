@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use dataplane::{Config, Placement, StageKind};
+use dataplane::{Config, Placement, SaveConfig, StageKind};
 use dpdk::Eal;
 use protocol::Schedule;
 
@@ -100,6 +100,15 @@ pub(crate) struct PipelineFlags {
     /// Least time without a packet after which everything asked of a store counts as lost, in microseconds
     #[arg(long, value_name = "US", default_value_t = 5_000)]
     pub(crate) rto_min_us: u64,
+    /// Chunks that are saved at once, each encoded into a buffer of its own; 0 saves nothing
+    #[arg(long, value_name = "COUNT", default_value_t = 4)]
+    pub(crate) save_chunks: u16,
+    /// Size of such a buffer, in MiB: the largest encoded chunk, and one decoded plane more
+    #[arg(long, value_name = "MIB", default_value_t = 16)]
+    pub(crate) save_chunk_mib: usize,
+    /// zstd level at which chunks are saved: higher is smaller and slower
+    #[arg(long, value_name = "LEVEL", default_value_t = compress::DEFAULT_ZSTD_LEVEL, allow_hyphen_values = true)]
+    pub(crate) save_zstd_level: i32,
 }
 
 pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
@@ -128,6 +137,11 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         rto_min: Duration::from_micros(flags.pipeline.rto_min_us),
         idle_sleep: flags.eal.idle_sleep(),
         gpu: flags.gpu.config()?,
+        save: SaveConfig {
+            chunks: flags.pipeline.save_chunks,
+            chunk_bytes: flags.pipeline.save_chunk_mib << 20,
+            zstd_level: flags.pipeline.save_zstd_level,
+        },
     };
     config.next_hops()?;
     config.store_placement()?;

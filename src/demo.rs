@@ -427,6 +427,7 @@ impl OneProcess {
             rto_min: Duration::from_millis(5),
             idle_sleep,
             gpu: dataplane::GpuConfig::default(),
+            save: dataplane::SaveConfig::NONE,
         };
         let stop = Arc::new(AtomicBool::new(false));
         let (store_eal, store_stop) = (Arc::clone(&eal), Arc::clone(&stop));

@@ -14,6 +14,7 @@ mod flags;
 mod gpu_flags;
 mod make_profile;
 mod report;
+mod save;
 mod store;
 mod verify;
 
@@ -37,6 +38,8 @@ enum Command {
     Dataplane(dataplane::Flags),
     /// Fetch the KV of a token sequence through a running data plane and write it to a file
     Fetch(fetch::Flags),
+    /// Put the KV of a file into the store through a running data plane
+    Save(save::Flags),
     /// Run a store and a data plane here, fetch a file's whole KV and check every plane
     Demo(demo::Flags),
     /// Encode a KV cache into a file of chunks, and make profiles: which layer's K and V get how many bits
@@ -68,6 +71,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Store(flags) => store::run(&flags),
         Command::Dataplane(flags) => dataplane::run(&flags),
         Command::Fetch(flags) => fetch::run(&flags),
+        Command::Save(flags) => save::run(&flags),
         Command::Demo(flags) => demo::run(&flags),
         Command::Encode(flags) => encode::run(&flags),
         Command::Decode(flags) => decode::run(&flags),

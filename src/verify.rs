@@ -53,7 +53,7 @@ impl Expected {
 }
 
 /// Where a plane begins in two tensors, in bytes.
-fn plane_offset(shape: &SequenceShape, chunk: usize, layer: u16, side: Side) -> usize {
+pub(crate) fn plane_offset(shape: &SequenceShape, chunk: usize, layer: u16, side: Side) -> usize {
     let first_row = usize::from(layer) * shape.tokens + chunk * compress::CHUNK_TOKENS;
     let tensor = if side == Side::V { shape.tensor_bytes() } else { 0 };
     tensor + first_row * shape.row_bytes()

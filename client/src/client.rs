@@ -21,6 +21,7 @@ use crate::gpu::{GpuRing, PagedCache, PagesRequest, RingConfig, RingRequest};
 use crate::lost::Lost;
 use crate::prefix::{Prefix, PrefixChunk};
 use crate::region::{Held, Memory, Region, RegisterError};
+use crate::save::{self, Save, SaveError, SaveRequest};
 use crate::shared::{Kind, NotSent, Shared, Unanswered};
 
 /// Why there is no session.
@@ -281,6 +282,15 @@ impl Client {
     /// As [`Client::fetch`].
     pub fn fetch_ring(&self, request: &RingRequest<'_>) -> Result<Fetch, FetchError> {
         fetch::start_ring(&self.shared, request)
+    }
+
+    /// Starts a save: the data plane encodes chunks out of a region and puts them into a store. Returns as soon as the command
+    /// is on its way: follow it with the [`Save`].
+    ///
+    /// # Errors
+    /// When the request is invalid, the data plane does not take commands, or the session is over.
+    pub fn save(&self, request: &SaveRequest<'_>) -> Result<Save, SaveError> {
+        save::start(&self.shared, request)
     }
 
     /// The data plane's counters and latencies, as one JSON object.

@@ -46,6 +46,7 @@ pub(crate) struct State {
 pub(crate) enum Kind {
     Lookup,
     Fetch,
+    Save,
     Unregister,
     Stats,
 }
@@ -311,6 +312,7 @@ impl State {
         let expected = match &completion {
             Completion::LookedUp { .. } | Completion::LookupFailed { .. } => entry.kind == Kind::Lookup,
             Completion::Progress { .. } | Completion::Ended { .. } => entry.kind == Kind::Fetch,
+            Completion::Saved { .. } => entry.kind == Kind::Save,
             Completion::Unregistered { .. } => entry.kind == Kind::Unregister,
             Completion::Stats { .. } => entry.kind == Kind::Stats,
             Completion::Refused { .. } => true,

@@ -148,7 +148,8 @@ impl Encoder {
         Ok(())
     }
 
-    fn write_plane(
+    /// Appends one plane to `out`, whose start is the chunk's.
+    pub(crate) fn write_plane(
         &mut self,
         shape: &Shape,
         layer: u16,

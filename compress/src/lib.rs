@@ -4,7 +4,7 @@
 //! `[tokens, kv_heads, head_dim]` row-major in 16-bit floats, and is encoded, checked and decoded alone. The bytes of
 //! an encoded chunk are specified in `docs/FORMAT.md`.
 //!
-//! - [`Encoder`] turns the planes of a chunk into one byte string.
+//! - [`Encoder`] turns the planes of a chunk into one byte string; [`ChunkWriter`] has it do so plane by plane.
 //! - [`ChunkView`] reads the header and the table of planes without allocating; [`ChunkHeader`] is its owned copy.
 //! - [`Decoder`] checks, decompresses and dequantizes one plane, without allocating.
 //! - [`Offload`] is what decompresses in the decoder's stead: a device.
@@ -34,6 +34,7 @@ pub mod reference;
 mod section;
 mod shape;
 mod view;
+mod writer;
 mod zeros;
 
 /// The dequantization kernels alone, for measurements.
@@ -64,4 +65,5 @@ pub use shape::{
     plane_index, plane_of,
 };
 pub use view::{ChunkHeader, ChunkView, Planes, plane_table};
+pub use writer::{ChunkWriter, WriteError};
 pub use zeros::write_zeros;

@@ -6,7 +6,9 @@ mod planes;
 use std::cell::Cell;
 use std::ffi::c_void;
 
-use compress::{ChunkView, Codec, Compression, Decoder, Dtype, Encoder, PlaneCodec, plane_index};
+use compress::{
+    ChunkView, ChunkWriter, Codec, Compression, Decoder, Dtype, Encoder, PlaneCodec, plane_index,
+};
 use planes::Planes;
 
 thread_local! {
@@ -92,5 +94,25 @@ fn a_plane_is_parsed_and_decoded_without_allocating() {
             }
         }
         assert_eq!(allocations(), before, "{codec}, {compression}");
+    }
+}
+
+#[test]
+fn the_second_chunk_is_written_without_allocating() {
+    let planes = Planes::synthetic(2, 2, 64, 256);
+    for codec in Codec::ALL {
+        let mut encoder = Encoder::new(codec, 1);
+        let mut writer = ChunkWriter::new(2 * planes.bytes.len() * planes.shape.plane_bytes());
+        let mut write = || {
+            writer.begin(&[0; 32], &planes.shape).unwrap();
+            while let Some(index) = writer.next_plane() {
+                writer.add_plane(&mut encoder, &planes.bytes[index]).unwrap();
+            }
+            assert!(writer.is_whole());
+        };
+        write();
+        let before = allocations();
+        write();
+        assert_eq!(allocations(), before, "{codec}");
     }
 }

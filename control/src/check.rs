@@ -6,7 +6,7 @@ use crate::gpu::{PagedKv, RingKv};
 use crate::layout::{Layout, LayoutError, Shape};
 use crate::message::{
     ChunkPlace, Command, Completion, MAX_CHUNKS_PER_FETCH, MAX_KEYS_PER_LOOKUP, MAX_PAGES_PER_FETCH,
-    MAX_TIMEOUT_MS, Outcome, Target,
+    MAX_TIMEOUT_MS, Outcome, SaveFrom, Target,
 };
 
 /// What a command's check needs to know of a registered region.
@@ -30,7 +30,7 @@ pub enum CommandError {
         keys: usize,
     },
     /// No chunk, or too many.
-    #[error("a fetch names {chunks} chunks: name 1 to {MAX_CHUNKS_PER_FETCH}, and split a longer one")]
+    #[error("a fetch or save names {chunks} chunks: name 1 to {MAX_CHUNKS_PER_FETCH}, and split a longer one")]
     ChunkCount {
         /// How many.
         chunks: usize,
@@ -160,7 +160,7 @@ pub enum CommandError {
         limit: usize,
     },
     /// The region is in use.
-    #[error("region {region} still receives {fetches} fetches: cancel them or wait for their end first")]
+    #[error("region {region} is still in use by {fetches} fetches and saves: cancel them or wait for their end first")]
     RegionBusy {
         /// As given.
         region: u32,
@@ -206,6 +206,17 @@ impl Command {
                     (Target::Pages { table }, RegionView::Pages(kv)) => check_pages(table, kv, shape, chunks),
                     (Target::Ring, RegionView::Ring(ring)) => check_entries(ring, shape, chunks),
                     (_, other) => Err(CommandError::OtherKind { region: *region, kind: other.kind() }),
+                }
+            }
+            Self::Save { timeout_ms, region, from: SaveFrom::Host { layout }, shape, chunks, .. } => {
+                check_timeout(*timeout_ms)?;
+                if chunks.is_empty() || chunks.len() > MAX_CHUNKS_PER_FETCH {
+                    return Err(CommandError::ChunkCount { chunks: chunks.len() });
+                }
+                check_tokens(chunks)?;
+                match find(*region).ok_or(CommandError::UnknownRegion { region: *region })? {
+                    RegionView::Host(region_bytes) => check_places(layout, shape, chunks, region_bytes),
+                    other => Err(CommandError::OtherKind { region: *region, kind: other.kind() }),
                 }
             }
             Self::Unregister { region, .. } => match find(*region) {
@@ -316,6 +327,15 @@ impl Completion {
                 }
                 if *outcome == Outcome::Done && !missing.is_empty() {
                     return Err(DecodeError::Invalid("a fetch is done but misses chunks"));
+                }
+                Ok(())
+            }
+            Self::Saved { outcome, not_saved, .. } => {
+                if not_saved.len() > MAX_CHUNKS_PER_FETCH {
+                    return Err(DecodeError::Invalid("a save misses more chunks than any save may name"));
+                }
+                if *outcome == Outcome::Done && !not_saved.is_empty() {
+                    return Err(DecodeError::Invalid("a save is done but misses chunks"));
                 }
                 Ok(())
             }

@@ -109,6 +109,16 @@ pub enum Target {
     Ring,
 }
 
+/// How chunks that are to be saved lie in their region: must be of the region's kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SaveFrom {
+    /// Memory shared with this machine's CPUs.
+    Host {
+        /// Strides within a chunk, bytes.
+        layout: Layout,
+    },
+}
+
 /// What the serving process asks for. `id`s are the client's choice; two commands under way never share one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
@@ -140,7 +150,25 @@ pub enum Command {
         /// Whether to send [`Completion::Progress`].
         progress: bool,
     },
-    /// End a fetch or lookup early. Not answered itself: what it cancels ends as cancelled, unless it had
+    /// Encode chunks that lie in a region and put them into a store. Answered by exactly one [`Completion::Saved`], or
+    /// [`Completion::Refused`].
+    Save {
+        /// Names the save.
+        id: u64,
+        /// The deadline, from when the data plane takes the command, milliseconds.
+        timeout_ms: u32,
+        /// The region that holds the chunks; it is read until the save has ended.
+        region: u32,
+        /// How they lie there.
+        from: SaveFrom,
+        /// What the chunks are; its element type is that of the region's bytes.
+        shape: Shape,
+        /// How they are to be encoded.
+        codec: Codec,
+        /// What to save, 1 to [`MAX_CHUNKS_PER_FETCH`]; the places are those of a fetch.
+        chunks: Vec<ChunkPlace>,
+    },
+    /// End a fetch, save or lookup early. Not answered itself: what it cancels ends as cancelled, unless it had
     /// ended already; an unknown `id` is ignored, since the end may have crossed the cancel.
     Cancel {
         /// The `id` of the fetch or lookup.
@@ -217,6 +245,60 @@ pub struct Missing {
     pub reason: MissingReason,
 }
 
+/// Why a chunk is not known to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum NotSavedReason {
+    /// The deadline came first: there was too much to encode, or the store was too slow. It may be stored nevertheless.
+    Deadline,
+    /// The store did not answer until the deadline.
+    StoreUnreachable,
+    /// The store was busy until the deadline.
+    StoreBusy,
+    /// What fills the store is pinned.
+    StoreFull,
+    /// The store takes no chunks.
+    StoreClosed,
+    /// Encoded, it is larger than the data plane's buffers or than the store takes.
+    TooLarge,
+    /// It failed the store's checksums each time.
+    Corrupt,
+    /// The store found that the chunk contradicts itself.
+    Refused,
+    /// Its codec cannot encode it: an element is not finite, or the shape is one that the codec cannot hold.
+    NotEncodable,
+    /// Its bytes could not be read from the region.
+    NotRead,
+    /// The save was cancelled first.
+    Cancelled,
+}
+
+impl std::fmt::Display for NotSavedReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Deadline => "deadline passed",
+            Self::StoreUnreachable => "no store answers",
+            Self::StoreBusy => "the store was busy until the deadline",
+            Self::StoreFull => "the store is full of chunks that are pinned",
+            Self::StoreClosed => "the store takes no chunks: start it with --memory-mib",
+            Self::TooLarge => "too large: raise --save-chunk-mib of the data plane or --max-chunk-mib and --memory-mib of the store",
+            Self::Corrupt => "checksum failed",
+            Self::Refused => "the store found that it contradicts itself",
+            Self::NotEncodable => "the codec cannot encode it: an element is not finite, or the shape does not suit it",
+            Self::NotRead => "could not be read from the region",
+            Self::Cancelled => "cancelled",
+        })
+    }
+}
+
+/// A chunk that is not known to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotSaved {
+    /// Index into the save's chunks.
+    pub chunk: u32,
+    /// Why.
+    pub reason: NotSavedReason,
+}
+
 /// What the data plane answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Completion {
@@ -270,6 +352,23 @@ pub enum Completion {
         /// What happened, for a person; empty when done.
         message: String,
     },
+    /// A save's end. After it, no byte is read for that save.
+    Saved {
+        /// The save.
+        id: u64,
+        /// How.
+        outcome: Outcome,
+        /// Chunks that were put.
+        stored: u32,
+        /// Chunks that the store had.
+        already_stored: u32,
+        /// Encoded bytes of what was put.
+        encoded_bytes: u64,
+        /// What is not known to be stored, in the order of the save's chunks.
+        not_saved: Vec<NotSaved>,
+        /// What happened, for a person; empty when done.
+        message: String,
+    },
     /// The region is forgotten and its memory unmapped.
     Unregistered {
         /// The command.
@@ -298,6 +397,7 @@ impl Command {
         match *self {
             Self::Lookup { id, .. }
             | Self::Fetch { id, .. }
+            | Self::Save { id, .. }
             | Self::Cancel { id }
             | Self::Unregister { id, .. }
             | Self::Stats { id } => id,
@@ -314,6 +414,7 @@ impl Completion {
             | Self::LookupFailed { id, .. }
             | Self::Progress { id, .. }
             | Self::Ended { id, .. }
+            | Self::Saved { id, .. }
             | Self::Unregistered { id }
             | Self::Refused { id, .. }
             | Self::Stats { id, .. } => id,
@@ -332,6 +433,7 @@ impl Completion {
         match self {
             Self::LookupFailed { message: text, .. }
             | Self::Ended { message: text, .. }
+            | Self::Saved { message: text, .. }
             | Self::Refused { reason: text, .. } => text.len() > MAX_TEXT_BYTES,
             _ => false,
         }
@@ -342,6 +444,7 @@ impl Completion {
         match self {
             Self::LookupFailed { message: text, .. }
             | Self::Ended { message: text, .. }
+            | Self::Saved { message: text, .. }
             | Self::Refused { reason: text, .. } => cut_text(text),
             Self::LookedUp { .. }
             | Self::Progress { .. }

@@ -38,6 +38,7 @@ pub(crate) enum RegionError {
 enum Kind {
     Lookup,
     Fetch { region: u32 },
+    Save { region: u32 },
     Unregister,
     Stats,
 }
@@ -45,7 +46,7 @@ enum Kind {
 #[derive(Debug)]
 pub(crate) struct Region {
     memory: Memory,
-    /// Fetches under way into it.
+    /// Fetches under way into it, and saves out of it.
     fetches: u32,
 }
 
@@ -177,6 +178,12 @@ impl Work {
                 }
                 Kind::Fetch { region }
             }
+            Command::Save { region, .. } => {
+                if let Some(region) = self.regions.get_mut(&region) {
+                    region.fetches += 1;
+                }
+                Kind::Save { region }
+            }
             Command::Unregister { region, .. } => {
                 let fetches = self.regions.get(&region).map_or(0, |region| region.fetches);
                 if fetches > 0 {
@@ -198,6 +205,7 @@ impl Work {
         match completion {
             Completion::LookedUp { .. } | Completion::LookupFailed { .. } => *kind == Kind::Lookup,
             Completion::Progress { .. } | Completion::Ended { .. } => matches!(kind, Kind::Fetch { .. }),
+            Completion::Saved { .. } => matches!(kind, Kind::Save { .. }),
             Completion::Unregistered { .. } => *kind == Kind::Unregister,
             Completion::Stats { .. } => *kind == Kind::Stats,
             Completion::Refused { .. } => true,
@@ -206,7 +214,7 @@ impl Work {
 
     /// Strikes a command from the books.
     pub(crate) fn finish(&mut self, id: u64) {
-        if let Some(CommandKind(Kind::Fetch { region })) = self.commands.remove(&id)
+        if let Some(CommandKind(Kind::Fetch { region } | Kind::Save { region })) = self.commands.remove(&id)
             && let Some(region) = self.regions.get_mut(&region)
         {
             region.fetches = region.fetches.saturating_sub(1);

@@ -287,7 +287,7 @@ fn commands_that_may_not_be_are_refused_with_a_reason() {
     assert!(server.next_command().unwrap().is_some());
     for (command, reason) in [
         (fetch(7, region), "already names a command"),
-        (Command::Unregister { id: 8, region }, "still receives 1 fetches"),
+        (Command::Unregister { id: 8, region }, "still in use by 1 fetches"),
     ] {
         assert_eq!(client.send(&command), Ok(Sent::Sent));
         assert_eq!(server.next_command().unwrap(), None);
@@ -631,7 +631,7 @@ fn gpu_memory_is_offered_opened_and_used() {
     assert_eq!(client.send(&Command::Unregister { id: 4, region }).unwrap(), Sent::Sent);
     let _ = server.next_command().unwrap();
     let (id, reason) = refusal(&mut client);
-    assert!(id == 4 && reason.contains("still receives 1 fetches"), "{reason}");
+    assert!(id == 4 && reason.contains("still in use by 1 fetches"), "{reason}");
 
     client.register_gpu(78, &GpuMemory::Pages(kv), None).unwrap();
     let refused = gpu_reply(&mut server, &mut client, Err("no such GPU".into()));

@@ -58,6 +58,24 @@ pub struct Config {
     pub idle_sleep: Duration,
     /// The GPUs to deliver to.
     pub gpu: GpuConfig,
+    /// Budgets of what is saved.
+    pub save: SaveConfig,
+}
+
+/// Budgets of what is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SaveConfig {
+    /// Chunks being encoded or offered at once, each in a buffer of its own; zero saves nothing.
+    pub chunks: u16,
+    /// Bytes of a buffer: the largest encoded chunk, and the worst that one more plane could become.
+    pub chunk_bytes: usize,
+    /// zstd level.
+    pub zstd_level: i32,
+}
+
+impl SaveConfig {
+    /// Nothing is saved.
+    pub const NONE: SaveConfig = SaveConfig { chunks: 0, chunk_bytes: 0, zstd_level: compress::DEFAULT_ZSTD_LEVEL };
 }
 
 /// Why the data plane cannot run as configured.

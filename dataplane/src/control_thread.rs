@@ -15,6 +15,7 @@ use crate::fetches::{Fetches, Owner, RegionMemory};
 use crate::gpu::Gpus;
 use crate::metrics;
 use crate::pipeline::Pipeline;
+use crate::save::saves::Saves;
 
 /// Bounds of the sleep between looks while fetches are under way. The lcores make no system calls, hence cannot wake
 /// the thread; the longer the youngest fetch has been under way, the less it matters when its end is seen, and the fewer
@@ -45,6 +46,7 @@ pub(crate) struct ControlThread<'a> {
     pub(crate) listener: Listener,
     pub(crate) pipeline: &'a Pipeline,
     pub(crate) fetches: Fetches,
+    saves: Saves,
     gpus: &'a Gpus,
     clients: BTreeMap<u64, Client>,
     next_session: u64,
@@ -54,11 +56,17 @@ pub(crate) struct ControlThread<'a> {
 }
 
 impl<'a> ControlThread<'a> {
-    pub(crate) fn new(listener: Listener, pipeline: &'a Pipeline, fetches: Fetches, gpus: &'a Gpus) -> Self {
+    pub(crate) fn new(
+        listener: Listener,
+        pipeline: &'a Pipeline,
+        (fetches, saves): (Fetches, Saves),
+        gpus: &'a Gpus,
+    ) -> Self {
         Self {
             listener,
             pipeline,
             fetches,
+            saves,
             gpus,
             clients: BTreeMap::new(),
             next_session: 0,
@@ -75,8 +83,9 @@ impl<'a> ControlThread<'a> {
         }
         info!("stopping: what is under way ends as cancelled");
         self.fetches.cancel(|_| true);
+        self.saves.cancel(|_| true);
         let last_ns = self.pipeline.clock.now_ns() + u64::try_from(GRACE.as_nanos()).unwrap_or(u64::MAX);
-        while !self.fetches.idle() && self.pipeline.clock.now_ns() < last_ns {
+        while !(self.fetches.idle() && self.saves.idle()) && self.pipeline.clock.now_ns() < last_ns {
             self.pass(false);
             std::thread::sleep(Duration::from_nanos(SHORTEST_SLEEP_NS));
         }
@@ -113,6 +122,9 @@ impl<'a> ControlThread<'a> {
             }
         }
         for (owner, completion) in self.fetches.poll(now_ns) {
+            self.complete(owner, completion);
+        }
+        for (owner, completion) in self.saves.poll(now_ns) {
             self.complete(owner, completion);
         }
         for (owner, progress) in self.fetches.progress() {
@@ -174,7 +186,14 @@ impl<'a> ControlThread<'a> {
                     let region = host.or_else(|| client.gpu.get(&region).cloned());
                     self.fetches.admit(now_ns, number, command, region);
                 }
-                Command::Lookup { .. } | Command::Cancel { .. } => {
+                Command::Save { region, .. } => {
+                    self.saves.admit(now_ns, number, &command, client.session.region(region));
+                }
+                Command::Cancel { .. } => {
+                    self.saves.cancel(|of| of == owner);
+                    self.fetches.admit(now_ns, number, command, None);
+                }
+                Command::Lookup { .. } => {
                     self.fetches.admit(now_ns, number, command, None);
                 }
             }
@@ -187,6 +206,7 @@ impl<'a> ControlThread<'a> {
         self.clients.remove(&number);
         self.stats_for.retain(|owner| owner.session != number);
         self.fetches.cancel(|owner| owner.session == number);
+        self.saves.cancel(|owner| owner.session == number);
     }
 
     /// Tells a client of an end; kept if its ring is full. Ends of clients that are gone are dropped.
@@ -212,7 +232,7 @@ impl<'a> ControlThread<'a> {
             return;
         }
         let Some(latencies) = self.fetches.latencies() else { return };
-        let json = metrics::report(self.pipeline, self.gpus, latencies, self.clients.len()).to_string();
+        let json = metrics::report(self.pipeline, self.gpus, &self.saves, latencies, self.clients.len()).to_string();
         for owner in std::mem::take(&mut self.stats_for) {
             self.complete(owner, Completion::Stats { id: owner.command, json: json.clone() });
         }
@@ -244,7 +264,7 @@ impl<'a> ControlThread<'a> {
 
     /// Sleeps until a client wants something, or until it is time to look at what the lcores have done.
     fn sleep(&mut self) {
-        let mut timeout = if self.fetches.idle() && self.stats_for.is_empty() {
+        let mut timeout = if self.fetches.idle() && self.saves.idle() && self.stats_for.is_empty() {
             IDLE_SLEEP
         } else {
             let age_ns = self.pipeline.clock.now_ns().saturating_sub(self.fetches.youngest_ns());

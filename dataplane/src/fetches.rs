@@ -170,7 +170,7 @@ impl Fetches {
                 }
             }
             Command::Cancel { .. } => self.cancel(|of| of == owner),
-            Command::Unregister { .. } | Command::Stats { .. } => {
+            Command::Save { .. } | Command::Unregister { .. } | Command::Stats { .. } => {
                 unreachable!("the control thread answers these itself")
             }
         }

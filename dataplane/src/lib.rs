@@ -21,6 +21,7 @@ mod pipeline;
 mod placement;
 pub mod receive_only;
 mod rx;
+mod save;
 
 use std::sync::atomic::AtomicBool;
 
@@ -31,8 +32,9 @@ use tracing::info;
 use crate::control_thread::ControlThread;
 use crate::gpu::Gpus;
 use crate::pipeline::Pipeline;
+use crate::save::saves::Saves;
 
-pub use crate::config::{Config, ConfigError};
+pub use crate::config::{Config, ConfigError, SaveConfig};
 pub use crate::gpu::GpuConfig;
 pub use crate::pipeline::BuildError;
 pub use crate::placement::{Placement, PlacementError, StageKind, parse_cpus};
@@ -61,8 +63,8 @@ pub enum RunError {
 /// When it cannot be set up, or an lcore panics.
 pub fn run(eal: &Eal, config: &Config, stop: &AtomicBool) -> Result<(), RunError> {
     let gpus = Gpus::new(config.gpu.clone());
-    let (pipeline, fetches) = Pipeline::build(eal, config, &gpus)?;
-    let served = serve(eal, config, &pipeline, fetches, &gpus, stop);
+    let (pipeline, fetches, saves) = Pipeline::build(eal, config, &gpus)?;
+    let served = serve(eal, config, &pipeline, (fetches, saves), &gpus, stop);
     let ended_in_order = pipeline.stop(eal);
     served?;
     match (ended_in_order, gpus.health.lost()) {
@@ -76,7 +78,7 @@ fn serve(
     eal: &Eal,
     config: &Config,
     pipeline: &Pipeline,
-    fetches: fetches::Fetches,
+    under_way: (fetches::Fetches, Saves),
     gpus: &Gpus,
     stop: &AtomicBool,
 ) -> Result<(), RunError> {
@@ -99,6 +101,6 @@ fn serve(
     if let Some(device) = &pipeline.compress_dev {
         info!("compression device {}: {}", device.name(), device.capabilities());
     }
-    ControlThread::new(listener, pipeline, fetches, gpus).run(eal, stop);
+    ControlThread::new(listener, pipeline, under_way, gpus).run(eal, stop);
     Ok(())
 }

@@ -5,13 +5,21 @@ use serde_json::{Map, Value, json};
 use crate::gpu::Gpus;
 use crate::latency::Latencies;
 use crate::pipeline::Pipeline;
+use crate::save::saves::Saves;
 
 /// The report behind `shadowserve fetch --json` and [`control::Command::Stats`]; names are stable, units in the names.
-pub(crate) fn report(pipeline: &Pipeline, gpus: &Gpus, latencies: &Latencies, clients: usize) -> Value {
+pub(crate) fn report(
+    pipeline: &Pipeline,
+    gpus: &Gpus,
+    saves: &Saves,
+    latencies: &Latencies,
+    clients: usize,
+) -> Value {
     json!({
         "uptime_s": pipeline.clock.now_ns() / 1_000_000_000,
         "clients": clients,
         "counters": counters(pipeline),
+        "save": save(pipeline, saves),
         "gpu": gpu(gpus),
         "stages": latencies.to_json(),
         "memory": memory(pipeline),
@@ -33,6 +41,18 @@ fn counters(pipeline: &Pipeline) -> Value {
         }
     }
     Value::Object(sums)
+}
+
+/// What was encoded and put, added up over lcores and queues; buffers that are free.
+fn save(pipeline: &Pipeline, saves: &Saves) -> Value {
+    let (mut encoders, mut offers) = (Map::new(), Map::new());
+    for (name, counter) in pipeline.encoders.iter().flat_map(|counters| counters.named()) {
+        add(&mut encoders, name, &json!(counter.get()));
+    }
+    for (name, counter) in pipeline.queues.iter().flat_map(|queue| queue.offers.named()) {
+        add(&mut offers, name, &json!(counter.get()));
+    }
+    json!({ "encode": encoders, "offers": offers, "buffers_free": saves.free() })
 }
 
 /// `null` where no GPU is delivered to.

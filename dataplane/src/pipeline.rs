@@ -3,18 +3,20 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use compress::Decoder;
 use dpdk::{
     CompressDev, CompressError, CompressQueue, Eal, LaunchError, Pool, Port, Ring, RingError, RingMode,
 };
-use gpu_dma::{DriverError, Sinks};
+use gpu_dma::{DriverError, HostSource, Sinks};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
 use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
 use protocol::frame::max_segment_bytes;
 use protocol::wire::message::MAX_CONTROL_BYTES;
-use protocol::{FetchConfig, FetchEngine};
+use protocol::put::{OfferConfig, OfferEngine};
+use protocol::{FetchConfig, FetchEngine, ServeConfig};
 
 use crate::chunk_layout::EncodedChunks;
 use crate::config::{Config, ConfigError};
@@ -27,6 +29,10 @@ use crate::latency::Latencies;
 use crate::offload::{DeviceOffload, device_config};
 use crate::placement::StageKind;
 use crate::rx::{Parts, PlaneCounters, Planes, RxRings, RxStage, StoreAddress};
+use crate::save::encode::{AnyEncoder, EncodeCounters, EncodeRings, EncodeStage, STAGING_SLOTS};
+use crate::save::job::SaveJob;
+use crate::save::offers::{OfferCounts, Offers};
+use crate::save::saves::{SaveLimits, Saves};
 
 /// Why the pipeline could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +84,7 @@ pub(crate) struct Budget {
 pub(crate) struct QueueView {
     pub(crate) link: Arc<LinkCounters>,
     pub(crate) planes: Arc<PlaneCounters>,
+    pub(crate) offers: Arc<OfferCounts>,
     pub(crate) pool: Pool,
 }
 
@@ -104,6 +111,8 @@ pub(crate) struct Pipeline {
     /// The compression device, and what each decode lcore counts about it.
     pub(crate) compress_dev: Option<CompressDev>,
     pub(crate) offloads: Vec<Arc<OffloadCounters>>,
+    /// What each decode lcore counts of what it encodes; none if nothing is saved.
+    pub(crate) encoders: Vec<Arc<EncodeCounters>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -192,6 +201,17 @@ pub(crate) struct Rings {
     pub(crate) returned: Vec<Ring<Box<PlaneJob>>>,
     strays: Vec<Ring<dpdk::Mbuf>>,
     slots: Ring<Box<Slot>>,
+    pub(crate) save: SaveRings,
+}
+
+/// The rings between the stages of saves.
+pub(crate) struct SaveRings {
+    /// To the encoders.
+    chunks: Ring<Box<SaveJob>>,
+    /// To each queue.
+    encoded: Vec<Ring<Box<SaveJob>>>,
+    /// To the control thread.
+    returned: Ring<Box<SaveJob>>,
 }
 
 impl Rings {
@@ -209,13 +229,25 @@ impl Rings {
                 .map(|queue| Ring::new(eal, &format!("strays{queue}"), 1024, many))
                 .collect::<Result<_, _>>()?,
             slots: Ring::new(eal, "slots", entries(2 * config.slots).max(64), many)?,
+            save: SaveRings::new(eal, budget.queues, config.save.chunks)?,
+        })
+    }
+}
+
+impl SaveRings {
+    fn new(eal: &Eal, queues: u16, chunks: u16) -> Result<Self, RingError> {
+        let ring = |name: &str| Ring::new(eal, name, (2 * u32::from(chunks)).max(64), RingMode::Relaxed);
+        Ok(Self {
+            chunks: ring("save")?,
+            encoded: (0..queues).map(|queue| ring(&format!("encoded{queue}"))).collect::<Result<_, _>>()?,
+            returned: ring("saved")?,
         })
     }
 }
 
 impl Pipeline {
     /// Opens the port, makes pools, rings, slots and stages, and starts the lcores.
-    pub(crate) fn build(eal: &Eal, config: &Config, gpus: &Gpus) -> Result<(Self, Fetches), BuildError> {
+    pub(crate) fn build(eal: &Eal, config: &Config, gpus: &Gpus) -> Result<(Self, Fetches, Saves), BuildError> {
         let budget = Budget::new(config)?;
         let (stores, hops) = stores_of(config)?;
         // The device steers what the first store sends; of what others send, a part is passed on between queues.
@@ -224,7 +256,7 @@ impl Pipeline {
 
         let jobs = u32::from(budget.active_planes) * u32::from(budget.queues);
         let rings = Rings::new(eal, &budget, config, jobs)?;
-        let (slot_pages, slot_fallback) = fill_slots(config, gpus, &rings.slots)?;
+        let Filled { slot_pages, slot_fallback, staging } = fill_slots(config, gpus, &rings.slots)?;
         let limits = FetchLimits {
             fetches: usize::from(config.max_fetches),
             lookups: usize::from(MAX_LOOKUPS),
@@ -239,7 +271,8 @@ impl Pipeline {
         for (queue, (link, pool)) in (0..).zip(links.into_iter().zip(pools)) {
             let link_counters = Arc::clone(link.counters());
             let (stage, queue_ends) = builder.rx(queue, link, ports.clone())?;
-            queues.push(QueueView { link: link_counters, planes: Arc::clone(&stage.counters), pool });
+            let planes = Arc::clone(&stage.counters);
+            queues.push(QueueView { link: link_counters, planes, offers: stage.offers.counts(), pool });
             rx_stages.push(stage);
             ends.push(queue_ends);
         }
@@ -247,7 +280,9 @@ impl Pipeline {
         let stop = Arc::new(AtomicBool::new(false));
         let lcore_control = LcoreControl { stop: Arc::clone(&stop), clock, idle_sleep: config.idle_sleep };
         let (compress_dev, devices, offloads) = builder.devices()?;
-        let lcores = builder.launch(rx_stages, devices, &lcore_control)?;
+        let encoders = builder.encoders(staging);
+        let encode_counters = encoders.iter().map(|stage| Arc::clone(&stage.counters)).collect();
+        let lcores = builder.launch(rx_stages, devices, encoders, &lcore_control)?;
         let pipeline = Self {
             port,
             queues,
@@ -262,9 +297,17 @@ impl Pipeline {
             clock,
             compress_dev,
             offloads,
+            encoders: encode_counters,
             stop,
         };
-        Ok((pipeline, Fetches::new(ends, limits)))
+        let save_limits = SaveLimits {
+            chunks: usize::from(config.save.chunks),
+            chunk_bytes: config.save.chunk_bytes,
+            plane_bytes: limits.plane_bytes,
+            planes_per_chunk: limits.planes_per_chunk,
+        };
+        let saves = Saves::new(save_limits, rings.save.chunks.clone(), rings.save.returned.clone());
+        Ok((pipeline, Fetches::new(ends, limits), saves))
     }
 
     /// Stops every lcore and waits for it; drops what the stages own. Returns whether all ended in order.
@@ -295,19 +338,36 @@ fn fill_slots(
     config: &Config,
     gpus: &Gpus,
     ring: &Ring<Box<Slot>>,
-) -> Result<(PageSize, Option<String>), BuildError> {
+) -> Result<Filled, BuildError> {
+    let staging = match config.save.chunks {
+        0 => 0,
+        _ => STAGING_SLOTS * config.placement.count(StageKind::Decode),
+    };
     let slot_bytes = config.slot_bytes.next_multiple_of(hugepages::SLOT_ALIGN_BYTES);
     let arena = Arena::new(ArenaConfig {
         name: "slots",
-        bytes: config.slots * slot_bytes,
+        bytes: (config.slots + staging) * slot_bytes,
         page: config.pages,
         numa_node: None,
     })?;
     let mut slots = Slots::new(gpus.pin(arena)?, slot_bytes)?;
-    for slot in slots.take().into_iter().take(config.slots) {
-        assert!(ring.enqueue(Box::new(slot)).is_ok(), "the ring was made for every slot");
+    let mut made = slots.take().into_iter().map(Box::new);
+    for slot in made.by_ref().take(config.slots) {
+        assert!(ring.enqueue(slot).is_ok(), "the ring was made for every slot");
     }
-    Ok((slots.page_size(), slots.fallback_reason().map(str::to_owned)))
+    Ok(Filled {
+        slot_pages: slots.page_size(),
+        slot_fallback: slots.fallback_reason().map(str::to_owned),
+        staging: made.take(staging).collect(),
+    })
+}
+
+/// What [`fill_slots`] made, beside the slots that it put into their ring.
+struct Filled {
+    slot_pages: PageSize,
+    slot_fallback: Option<String>,
+    /// Slots for planes that are saved: those of fetches are not touched.
+    staging: Vec<Box<Slot>>,
 }
 
 /// Makes stages.
@@ -358,8 +418,59 @@ impl StageBuilder<'_> {
             parts: Parts((0..self.limits.fetches + self.limits.lookups).map(|_| None).collect()),
             latencies: Latencies::default(),
             counters: Arc::default(),
+            offers: self.offers(index),
         };
         Ok((stage, ends))
+    }
+
+    /// What offers encoded chunks on one queue.
+    fn offers(&self, queue: usize) -> Offers {
+        let serve = ServeConfig {
+            epoch: epoch(),
+            max_pending_pulls: 256,
+            max_pending_replies: 64,
+            max_requesters: 16,
+            max_segment_bytes: self.budget.segment_bytes,
+            ..ServeConfig::default()
+        };
+        let engine = OfferEngine::new(OfferConfig {
+            max_offers: self.config.save.chunks,
+            rto_min: self.config.rto_min,
+            rto_max: MAX_OFFER_RTO,
+            serve,
+            seed: seed(),
+        });
+        let SaveRings { encoded, returned, .. } = &self.rings.save;
+        Offers::new(engine, self.config.save.chunks, encoded[queue].clone(), returned.clone())
+    }
+
+    /// One encoder per decode lcore, if anything is saved.
+    fn encoders(&self, staging: Vec<Box<Slot>>) -> Vec<EncodeStage<HostSource<usize>>> {
+        let mut staging = staging.into_iter();
+        let mut encoders = Vec::new();
+        loop {
+            let free: Vec<Box<Slot>> = staging.by_ref().take(STAGING_SLOTS).collect();
+            if free.len() < STAGING_SLOTS {
+                return encoders;
+            }
+            encoders.push(EncodeStage {
+                source: HostSource::default(),
+                encoder: AnyEncoder::new(self.config.save.zstd_level),
+                rings: EncodeRings {
+                    decode: self.rings.decode.clone(),
+                    chunks: self.rings.save.chunks.clone(),
+                    encoded: self.rings.save.encoded.clone(),
+                    returned: self.rings.save.returned.clone(),
+                },
+                clock: self.clock,
+                counters: Arc::default(),
+                free,
+                read: [None, None],
+                done: ArrayVec::new(),
+                job: None,
+                next_read: 0,
+            });
+        }
     }
 
     /// Opens the compression device, with a queue pair for each decode lcore.
@@ -415,10 +526,12 @@ impl StageBuilder<'_> {
         &self,
         rx_stages: Vec<RxStage>,
         devices: Vec<DecodeDevice>,
+        encoders: Vec<EncodeStage<HostSource<usize>>>,
         control: &LcoreControl,
     ) -> Result<Vec<LcoreView>, BuildError> {
         let mut rx_stages = rx_stages.into_iter();
         let mut devices = devices.into_iter();
+        let mut encoders = encoders.into_iter();
         let mut lcores = Vec::new();
         for (worker, (cpu, kinds)) in self.config.placement.lcores().enumerate() {
             let mut stages: Vec<Box<dyn Stage>> = Vec::new();
@@ -428,6 +541,10 @@ impl StageBuilder<'_> {
                     StageKind::Decode => Box::new(self.decode(devices.next())),
                     StageKind::Dma => Box::new(self.dma()?),
                 });
+            }
+            // Behind everything else that the lcore does.
+            for _ in kinds.iter().filter(|kind| **kind == StageKind::Decode) {
+                stages.extend(encoders.next().map(|stage| Box::new(stage) as Box<dyn Stage>));
             }
             let counters = Arc::<LcoreCounters>::default();
             let (control, of_lcore) = (control.clone(), Arc::clone(&counters));
@@ -441,6 +558,15 @@ impl StageBuilder<'_> {
 /// Entries of a ring that holds `items`; a number too large for a ring is refused where the ring is made.
 fn entries(items: usize) -> u32 {
     u32::try_from(items).unwrap_or(u32::MAX)
+}
+
+/// Longest time after which an offer without an answer is repeated.
+const MAX_OFFER_RTO: Duration = Duration::from_millis(200);
+
+/// Differs between any two runs, and is not zero.
+fn epoch() -> u64 {
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1)
 }
 
 /// A number that differs from run to run.

@@ -8,6 +8,7 @@ use dpdk::{Mbuf, Ring, RingReceiver, RingSender};
 use iface::steer::PortMap;
 use iface::{Counter, Link, LinkCounters, Outgoing, Stage};
 use protocol::frame::Peer;
+use protocol::put::{OfferEngine, OfferTo};
 use protocol::reason::DropReason;
 use protocol::time::Instant;
 use protocol::{
@@ -20,6 +21,7 @@ use crate::job::{
     REJECTED_SHAPE, REJECTED_UNDECODABLE, missing_reason,
 };
 use crate::latency::Latencies;
+use crate::save::offers::Offers;
 
 /// Where a store is reached.
 #[derive(Debug, Clone, Copy)]
@@ -99,6 +101,7 @@ pub(crate) struct RxStage {
     pub(crate) parts: Parts,
     pub(crate) latencies: Latencies,
     pub(crate) counters: Arc<PlaneCounters>,
+    pub(crate) offers: Offers,
 }
 
 /// The jobs of a queue, by transfer slot; a job is away while later stages have it.
@@ -121,6 +124,7 @@ impl Stage for RxStage {
             self.engine.handle_timeout(now);
         }
         work += self.take_events(now_ns);
+        work += self.offers.poll(now);
         self.link.poll_neighbours(now_ns);
         work + self.transmit(now)
     }
@@ -128,13 +132,17 @@ impl Stage for RxStage {
 
 impl RxStage {
     fn receive(&mut self, now_ns: u64) -> usize {
-        let Self { queue, ports, stores, link, engine, rings, planes, counters, .. } = self;
+        let Self { queue, ports, stores, link, engine, rings, planes, counters, offers, .. } = self;
         let link_counters: Arc<LinkCounters> = Arc::clone(link.counters());
         link.receive(now_ns, |datagram| {
             let Some(store) = store_of(stores, &datagram.from) else {
                 return link_counters.dropped.add(DropReason::UnknownPeer);
             };
             let result = match ports.queue(datagram.to_port) {
+                Some(owner) if owner == *queue && OfferEngine::takes(datagram.mbuf.data()) => {
+                    let now = Instant::from_nanos(now_ns);
+                    take_offer(offers, counters, now, (store, datagram.from), datagram.mbuf.data())
+                }
                 Some(owner) if owner == *queue => {
                     let from = (store, datagram.marked);
                     planes.take_datagram(engine, counters, now_ns, from, datagram.mbuf)
@@ -161,7 +169,16 @@ impl RxStage {
             let Some(&[low, high, marked]) = mbuf.data().first_chunk() else { continue };
             mbuf.trim_front(3);
             let from = (StoreIndex(u16::from_le_bytes([low, high])), marked != 0);
-            let result = self.planes.take_datagram(&mut self.engine, &self.counters, now.nanos(), from, mbuf);
+            let peer = self.stores.get(usize::from(from.0.0)).and_then(|store| {
+                let mac = self.link.neighbour(store.next_hop)?;
+                Some(Peer { mac, ip: store.ip, port: store.port })
+            });
+            let result = match peer {
+                Some(peer) if OfferEngine::takes(mbuf.data()) => {
+                    take_offer(&mut self.offers, &self.counters, now, (from.0, peer), mbuf.data())
+                }
+                _ => self.planes.take_datagram(&mut self.engine, &self.counters, now.nanos(), from, mbuf),
+            };
             if let Err(reason) = result {
                 self.link.counters().dropped.add(reason);
             }
@@ -333,7 +350,7 @@ impl RxStage {
     }
 
     fn transmit(&mut self, now: Instant) -> usize {
-        let Self { queue, ports, stores, macs, link, engine, .. } = self;
+        let Self { queue, ports, stores, macs, link, engine, offers, .. } = self;
         for (mac, store) in macs.iter_mut().zip(stores.iter()) {
             *mac = link.neighbour(store.next_hop).or(*mac);
         }
@@ -342,21 +359,22 @@ impl RxStage {
         if macs.iter().any(Option::is_some) {
             let from_port = ports.port(*queue);
             let mut write = |buffer: &mut [u8]| {
-                let (transmit, to) = loop {
-                    let transmit = engine.poll_transmit(now, buffer)?;
-                    let index = usize::from(transmit.store.0);
-                    if let (Some(store), Some(mac)) = (stores.get(index), macs[index]) {
-                        break (transmit, Peer { mac, ip: store.ip, port: store.port });
+                // Fetches go first; what is saved goes with what the link has left.
+                while let Some(transmit) = engine.poll_transmit(now, buffer) {
+                    if let Some(to) = address(stores, macs, transmit.store) {
+                        return Some(outgoing(from_port, to, transmit.len, false));
                     }
-                };
-                Some(Outgoing {
-                    from_port,
-                    to,
-                    payload_bytes: transmit.len,
-                    tail: None,
-                    marks_answered: false,
-                    covered: false,
-                })
+                }
+                loop {
+                    let sent = offers.poll_transmit(now, buffer)?;
+                    let to = match sent.to {
+                        OfferTo::Store(store) => address(stores, macs, store),
+                        OfferTo::Peer(peer) => Some(peer),
+                    };
+                    if let Some(to) = to {
+                        return Some(outgoing(from_port, to, sent.bytes, sent.is_data));
+                    }
+                }
             };
             while link.send(&mut write) {
                 sent += 1;
@@ -420,6 +438,30 @@ impl Parts {
             _ => None,
         }
     }
+}
+
+/// Where a store is reached, once its next hop's MAC address is known.
+fn address(stores: &[StoreAddress], macs: &[Option<[u8; 6]>], store: StoreIndex) -> Option<Peer> {
+    let index = usize::from(store.0);
+    let (store, mac) = (stores.get(index)?, (*macs.get(index)?)?);
+    Some(Peer { mac, ip: store.ip, port: store.port })
+}
+
+fn outgoing(from_port: u16, to: Peer, payload_bytes: usize, covered: bool) -> Outgoing {
+    Outgoing { from_port, to, payload_bytes, tail: None, marks_answered: false, covered }
+}
+
+/// Gives a datagram to what offers chunks.
+fn take_offer(
+    offers: &mut Offers,
+    counters: &PlaneCounters,
+    now: Instant,
+    (store, from): (StoreIndex, Peer),
+    payload: &[u8],
+) -> Result<(), DropReason> {
+    offers.take(now, store, from, payload)?;
+    counters.control_accepted.add(1);
+    Ok(())
 }
 
 fn store_of(stores: &[StoreAddress], from: &Peer) -> Option<StoreIndex> {

@@ -7,6 +7,8 @@
 //!   the copies are done.
 //! - [`HostRing`] is the sink in memory shared with the serving process, [`GpuSink`] that in GPU memory: pages of a
 //!   serving engine's KV cache ([`PagedMemory`], placed by [`paged`]) and rings ([`RingMemory`]). [`Sinks`] is both.
+//! - [`Source`] is the other direction: where planes come from when they are saved. [`HostSource`] reads memory shared with the
+//!   serving process.
 //! - [`Driver`] is what they need of a GPU: [`cuda::Cuda`], or a fake ([`testing`]). [`pin`] makes slots known to it.
 
 mod copies;
@@ -22,6 +24,7 @@ mod placement;
 mod shape;
 mod sink;
 mod sinks;
+mod source;
 pub mod testing;
 pub mod yardstick;
 
@@ -37,3 +40,4 @@ pub use placement::{Piece, Pieces, Placement};
 pub use shape::{ChunkShape, ELEMENT_BYTES};
 pub use sink::{BATCH, Batch, Destination, Finished, FinishedBatch, Sink, SinkFault, Transfer};
 pub use sinks::Sinks;
+pub use source::{HostSource, Origin, READS, Read, ReadBatch, ReadDone, Source, SourceFault, gather};

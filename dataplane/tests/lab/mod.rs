@@ -115,6 +115,7 @@ fn config(device: String, socket: PathBuf) -> dataplane::Config {
         rto_min: Duration::from_millis(4),
         idle_sleep: Duration::from_micros(20),
         gpu: dataplane::GpuConfig::default(),
+        save: dataplane::SaveConfig::NONE,
     }
 }
 

@@ -1,0 +1,130 @@
+//! `shadowserve save`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use client::{Client, ClientConfig, Codec as ClientCodec, Dtype, Outcome, Region, SaveReport, SaveRequest, Shape};
+use compress::{Codec, Side};
+use serde_json::{Value, json};
+use store::kv_file::{KvFile, SequenceShape};
+
+use crate::flags::{DEFAULT_SOCKET, NamespaceFlags};
+use crate::verify::plane_offset;
+
+#[derive(Debug, Args)]
+pub(crate) struct Flags {
+    /// The KV to save: a .safetensors file with `k`, `v` [layers, tokens, kv_heads, head_dim] and `tokens`
+    #[arg(long, value_name = "FILE", required = true)]
+    input: Option<PathBuf>,
+    /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
+    #[arg(long, value_name = "CODEC", default_value = "int4")]
+    codec: Codec,
+    /// Offer also the leading chunks that a lookup finds stored
+    #[arg(long)]
+    all: bool,
+    /// Unix socket of the data plane
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// How long the lookup, and then the save, may take, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 10_000)]
+    timeout_ms: u64,
+    #[command(flatten)]
+    namespace: NamespaceFlags,
+    /// Print one JSON object on standard output and nothing else there
+    #[arg(long)]
+    json: bool,
+    /// TOML file with a table per subcommand and the names of these flags; flags win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
+    let file = KvFile::open(flags.input.as_deref().context("--input is missing")?)?;
+    let (shape, timeout) = (file.shape(), Duration::from_millis(flags.timeout_ms));
+    let client = Client::connect(&flags.socket, &ClientConfig::new(flags.namespace.namespace(flags.codec)))?;
+    let chunks = shape.chunks();
+    // What the store has need not be encoded. If it does not answer, the save will say so.
+    let known = if flags.all { Ok(0) } else { client.lookup(file.tokens(), timeout).map(|prefix| prefix.chunks.len()) };
+    let known = known.unwrap_or(0);
+    let report = if known < chunks {
+        let region = client.register(2 * shape.tensor_bytes())?;
+        load(&file, &region)?;
+        let keys = client.keys(file.tokens());
+        let codec: ClientCodec = flags.codec.name().parse().context("--codec")?;
+        let mut request = SaveRequest::sequence(&region, client_shape(&shape), codec, &keys, shape.tokens)?;
+        request.chunks.drain(..known);
+        request.timeout = timeout;
+        client.save(&request)?.finish()?
+    } else {
+        SaveReport::nothing()
+    };
+    let chunk = |missed: &client::NotSaved| known + missed.chunk as usize;
+    if flags.json {
+        println!("{}", to_json(&report, chunks, known, shape.tensor_bytes()));
+    } else {
+        let ms = report.elapsed.as_millis();
+        println!(
+            "{} of {chunks} chunks put, {} bytes encoded, in {ms} ms; {} were stored before",
+            report.stored,
+            report.encoded_bytes,
+            known + report.already_stored as usize
+        );
+    }
+    if report.outcome == Outcome::Done {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("error: {}", report.message);
+    for missed in &report.not_saved {
+        eprintln!("error: chunk {} was not saved: {}", chunk(missed), missed.reason);
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+/// Copies the file's planes into the region, as two tensors.
+fn load(file: &KvFile, region: &Region) -> anyhow::Result<()> {
+    let (shape, mut plane) = (file.shape(), Vec::new());
+    for chunk in 0..shape.chunks() {
+        for layer in 0..shape.layers {
+            for side in [Side::K, Side::V] {
+                file.read_plane(chunk, layer, side, &mut plane)?;
+                let at = plane_offset(&shape, chunk, layer, side);
+                region.arena().copy_in(at, &plane).context("the region is smaller than the file's tensors")?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn client_shape(shape: &SequenceShape) -> Shape {
+    let dtype = match shape.dtype {
+        compress::Dtype::Bf16 => Dtype::Bf16,
+        compress::Dtype::F16 => Dtype::F16,
+    };
+    Shape { layers: shape.layers, kv_heads: shape.kv_heads, head_dim: shape.head_dim, dtype }
+}
+
+fn to_json(report: &SaveReport, chunks: usize, known: usize, tensor_bytes: usize) -> Value {
+    let outcome = match report.outcome {
+        Outcome::Done => "done",
+        Outcome::Failed => "failed",
+        Outcome::Cancelled => "cancelled",
+    };
+    let not_saved: Vec<Value> = report
+        .not_saved
+        .iter()
+        .map(|missed| json!({ "chunk": known + missed.chunk as usize, "reason": missed.reason.to_string() }))
+        .collect();
+    json!({
+        "outcome": outcome,
+        "chunks": chunks,
+        "stored": report.stored,
+        "already_stored": known + report.already_stored as usize,
+        "not_saved": not_saved,
+        "raw_bytes": 2 * tensor_bytes,
+        "encoded_bytes": report.encoded_bytes,
+        "elapsed_us": u64::try_from(report.elapsed.as_micros()).unwrap_or(u64::MAX),
+    })
+}
