@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use client::{Client, ClientConfig, Codec as ClientCodec, Dtype, Outcome, Region, SaveReport, SaveRequest, Shape};
+use client::{
+    Client, ClientConfig, Codec as ClientCodec, Dtype, Outcome, Region, SaveReport, SaveRequest, Shape,
+};
 use compress::{Codec, Side};
 use serde_json::{Value, json};
 use store::kv_file::{KvFile, SequenceShape};
@@ -47,7 +49,11 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let client = Client::connect(&flags.socket, &ClientConfig::new(flags.namespace.namespace(flags.codec)))?;
     let chunks = shape.chunks();
     // What the store has need not be encoded. If it does not answer, the save will say so.
-    let known = if flags.all { Ok(0) } else { client.lookup(file.tokens(), timeout).map(|prefix| prefix.chunks.len()) };
+    let known = if flags.all {
+        Ok(0)
+    } else {
+        client.lookup(file.tokens(), timeout).map(|prefix| prefix.chunks.len())
+    };
     let known = known.unwrap_or(0);
     let report = if known < chunks {
         let region = client.register(2 * shape.tensor_bytes())?;
@@ -91,7 +97,10 @@ fn load(file: &KvFile, region: &Region) -> anyhow::Result<()> {
             for side in [Side::K, Side::V] {
                 file.read_plane(chunk, layer, side, &mut plane)?;
                 let at = plane_offset(&shape, chunk, layer, side);
-                region.arena().copy_in(at, &plane).context("the region is smaller than the file's tensors")?;
+                region
+                    .arena()
+                    .copy_in(at, &plane)
+                    .context("the region is smaller than the file's tensors")?;
             }
         }
     }

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use control::message::MAX_CHUNKS_PER_FETCH;
 use control::{
-    CHUNK_TOKENS, ChunkPlace, Codec, Command, CommandError, Completion, Layout, NotSaved, Outcome, RegionView, SaveFrom, Shape,
+    CHUNK_TOKENS, ChunkPlace, Codec, Command, CommandError, Completion, Layout, NotSaved, Outcome,
+    RegionView, SaveFrom, Shape,
 };
 use protocol::Key;
 
@@ -215,7 +216,9 @@ impl Save {
 
     fn report(&self, completion: Completion, at: Instant) -> Result<SaveReport, String> {
         match completion {
-            Completion::Saved { outcome, stored, already_stored, encoded_bytes, not_saved, message, .. } => {
+            Completion::Saved {
+                outcome, stored, already_stored, encoded_bytes, not_saved, message, ..
+            } => {
                 let elapsed = at.saturating_duration_since(self.begun);
                 Ok(SaveReport { outcome, stored, already_stored, encoded_bytes, not_saved, message, elapsed })
             }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use client::{
     Client, ClientConfig, ConnectError, FetchError, FetchRequest, Layout, LookupError, Lost, Missing,
-    MissingReason, Outcome, Prefix, Region, RegisterError, RequestError, StatsError,
+    MissingReason, Outcome, Prefix, Region, RegisterError, RequestError, SaveError, SaveRequest, StatsError,
 };
 use control::handshake::{FromDataPlane, datagram};
 use control::socket::Stream;
@@ -460,4 +460,53 @@ fn clients_can_be_shared() {
     assert_shared::<Client>();
     assert_shared::<Region>();
     assert_shared::<client::Fetch>();
+}
+
+fn save_request<'a>(client: &Client, region: &'a Region, count: i32) -> SaveRequest<'a> {
+    let tokens = tokens(count);
+    let keys = client.keys(&tokens);
+    SaveRequest::sequence(region, SHAPE, client::Codec::Int4, &keys, tokens.len()).unwrap()
+}
+
+#[test]
+fn what_was_saved_is_found() {
+    let fake = FakeDataPlane::start();
+    let client = fake.connect();
+    let region = client.register(1 << 20).unwrap();
+    assert!(look_up(&client, 600).is_empty());
+    let report = client.save(&save_request(&client, &region, 600)).unwrap().finish().unwrap();
+    assert_eq!((report.outcome, report.stored, report.already_stored), (Outcome::Done, 3, 0));
+    assert!(look_up(&client, 600).is_whole());
+    let report = client.save(&save_request(&client, &region, 600)).unwrap().finish().unwrap();
+    assert_eq!((report.outcome, report.stored, report.already_stored), (Outcome::Done, 0, 3));
+    // What contradicts itself does not leave this process.
+    let keys = client.keys(&tokens(600));
+    let small = small_region(&client, 4096).unwrap();
+    let refused = SaveRequest::sequence(&small, SHAPE, client::Codec::Int4, &keys, 600);
+    assert!(matches!(refused, Err(RequestError::TooSmall { .. })), "{refused:?}");
+    assert!(matches!(
+        SaveRequest::sequence(&region, SHAPE, client::Codec::Int4, &[], 0),
+        Err(RequestError::Empty)
+    ));
+    let mut outside = save_request(&client, &region, 600);
+    outside.chunks[2].offset = 1 << 20;
+    assert!(matches!(client.save(&outside), Err(SaveError::Invalid(_))));
+    let other = fake.connect();
+    assert!(matches!(other.save(&save_request(&client, &region, 600)), Err(SaveError::ForeignRegion)));
+}
+
+#[test]
+fn a_save_is_waited_for_cancelled_and_dropped() {
+    let fake = FakeDataPlane::start();
+    let client = fake.connect();
+    let region = client.register(1 << 20).unwrap();
+    fake.manners.hold.store(true, Ordering::SeqCst);
+    let mut save = client.save(&save_request(&client, &region, 600)).unwrap();
+    assert!(matches!(save.wait(Duration::ZERO), Err(SaveError::StillUnderWay { .. })));
+    save.cancel().unwrap();
+    drop(save);
+    drop(client.save(&save_request(&client, &region, 300)).unwrap());
+    fake.manners.hold.store(false, Ordering::SeqCst);
+    let report = client.save(&save_request(&client, &region, 600)).unwrap().finish().unwrap();
+    assert_eq!(report.outcome, Outcome::Done);
 }

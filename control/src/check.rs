@@ -30,7 +30,9 @@ pub enum CommandError {
         keys: usize,
     },
     /// No chunk, or too many.
-    #[error("a fetch or save names {chunks} chunks: name 1 to {MAX_CHUNKS_PER_FETCH}, and split a longer one")]
+    #[error(
+        "a fetch or save names {chunks} chunks: name 1 to {MAX_CHUNKS_PER_FETCH}, and split a longer one"
+    )]
     ChunkCount {
         /// How many.
         chunks: usize,
@@ -160,7 +162,9 @@ pub enum CommandError {
         limit: usize,
     },
     /// The region is in use.
-    #[error("region {region} is still in use by {fetches} fetches and saves: cancel them or wait for their end first")]
+    #[error(
+        "region {region} is still in use by {fetches} fetches and saves: cancel them or wait for their end first"
+    )]
     RegionBusy {
         /// As given.
         region: u32,

@@ -38,7 +38,10 @@ pub use gpu::{
 pub use gpu_ring::{GpuRingError, RingConsumer, RingDescriptor, RingProducer, ring_words_bytes};
 pub use layout::{Dtype, Layout, LayoutError, Shape};
 pub use listener::{Limits, Listener};
-pub use message::{ChunkPlace, Codec, Command, Completion, Missing, MissingReason, NotSaved, NotSavedReason, Outcome, SaveFrom, Target};
+pub use message::{
+    ChunkPlace, Codec, Command, Completion, Missing, MissingReason, NotSaved, NotSavedReason, Outcome,
+    SaveFrom, Target,
+};
 pub use ring::RingError;
 pub use server::{ServerSession, SessionError, SocketEvent};
 pub use session::{Sent, now_ns};

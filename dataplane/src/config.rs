@@ -75,7 +75,8 @@ pub struct SaveConfig {
 
 impl SaveConfig {
     /// Nothing is saved.
-    pub const NONE: SaveConfig = SaveConfig { chunks: 0, chunk_bytes: 0, zstd_level: compress::DEFAULT_ZSTD_LEVEL };
+    pub const NONE: SaveConfig =
+        SaveConfig { chunks: 0, chunk_bytes: 0, zstd_level: compress::DEFAULT_ZSTD_LEVEL };
 }
 
 /// Why the data plane cannot run as configured.

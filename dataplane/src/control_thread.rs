@@ -232,7 +232,8 @@ impl<'a> ControlThread<'a> {
             return;
         }
         let Some(latencies) = self.fetches.latencies() else { return };
-        let json = metrics::report(self.pipeline, self.gpus, &self.saves, latencies, self.clients.len()).to_string();
+        let json =
+            metrics::report(self.pipeline, self.gpus, &self.saves, latencies, self.clients.len()).to_string();
         for owner in std::mem::take(&mut self.stats_for) {
             self.complete(owner, Completion::Stats { id: owner.command, json: json.clone() });
         }

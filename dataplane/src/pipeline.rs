@@ -14,8 +14,8 @@ use gpu_dma::{DriverError, HostSource, Sinks};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
 use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
 use protocol::frame::max_segment_bytes;
-use protocol::wire::message::MAX_CONTROL_BYTES;
 use protocol::put::{OfferConfig, OfferEngine};
+use protocol::wire::message::MAX_CONTROL_BYTES;
 use protocol::{FetchConfig, FetchEngine, ServeConfig};
 
 use crate::chunk_layout::EncodedChunks;
@@ -247,7 +247,11 @@ impl SaveRings {
 
 impl Pipeline {
     /// Opens the port, makes pools, rings, slots and stages, and starts the lcores.
-    pub(crate) fn build(eal: &Eal, config: &Config, gpus: &Gpus) -> Result<(Self, Fetches, Saves), BuildError> {
+    pub(crate) fn build(
+        eal: &Eal,
+        config: &Config,
+        gpus: &Gpus,
+    ) -> Result<(Self, Fetches, Saves), BuildError> {
         let budget = Budget::new(config)?;
         let (stores, hops) = stores_of(config)?;
         // The device steers what the first store sends; of what others send, a part is passed on between queues.
@@ -334,11 +338,7 @@ pub(crate) fn stores_of(config: &Config) -> Result<(Vec<StoreAddress>, Vec<NextH
     Ok((stores.collect(), hops))
 }
 
-fn fill_slots(
-    config: &Config,
-    gpus: &Gpus,
-    ring: &Ring<Box<Slot>>,
-) -> Result<Filled, BuildError> {
+fn fill_slots(config: &Config, gpus: &Gpus, ring: &Ring<Box<Slot>>) -> Result<Filled, BuildError> {
     let staging = match config.save.chunks {
         0 => 0,
         _ => STAGING_SLOTS * config.placement.count(StageKind::Decode),

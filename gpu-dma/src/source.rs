@@ -94,7 +94,6 @@ pub trait Source<T>: Send {
     ///
     /// # Errors
     /// The read, unchanged.
-    #[expect(clippy::result_large_err, reason = "what is not taken goes back to its owner")]
     fn submit(&mut self, read: Read<T>) -> Result<(), Read<T>>;
 
     /// Appends finished reads to `done`, as many as there are and as fit; returns how many. They may finish in another order

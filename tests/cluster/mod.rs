@@ -89,8 +89,13 @@ impl Cluster {
 
     /// With more flags.
     pub(crate) fn start_store_with(&mut self, file: &Path, cpus: &str, flags: &[&str]) {
-        let port = self.port("client");
         let file = file.to_string_lossy();
+        self.start_any_store(cpus, &[&["--load", &file], flags].concat());
+    }
+
+    /// One that has loaded nothing, unless `flags` say so.
+    pub(crate) fn start_any_store(&mut self, cpus: &str, flags: &[&str]) {
+        let port = self.port("client");
         let arguments = [
             "store",
             "--no-huge",
@@ -100,8 +105,6 @@ impl Cluster {
             "10.99.0.1/24",
             "--port",
             &port,
-            "--load",
-            &file,
             "--codec",
             self.codec.name(),
             "--lcores",
@@ -128,6 +131,16 @@ impl Cluster {
     /// Waits until the store answers lookups of `tokens`.
     pub(crate) fn wait_for_store(&self, client: &Client, tokens: &[i32]) {
         wait_until("the store answers", || client.lookup(tokens, Duration::from_millis(300)).is_ok());
+    }
+
+    /// Runs `shadowserve save` against this data plane.
+    pub(crate) fn save(&self, flags: &[&str]) -> Output {
+        let socket = self.socket();
+        Command::new(PROGRAM)
+            .args(["save", "--socket", &socket.to_string_lossy(), "--codec", self.codec.name(), "--json"])
+            .args(flags)
+            .output()
+            .unwrap()
     }
 
     /// Runs `shadowserve fetch` against this data plane.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use client::{Client, ClientConfig, Codec, Dtype, Layout, Missing, MissingReason, Namespace, Outcome, Shape};
 use control::{
-    ChunkPlace, Command, Completion, DeviceUuid, GpuMemory, Limits, Listener, RingDescriptor, RingProducer,
-    Sent, ServerSession, SocketEvent, Target, now_ns,
+    ChunkPlace, Command, Completion, DeviceUuid, GpuMemory, Limits, Listener, NotSaved, RingDescriptor,
+    RingProducer, Sent, ServerSession, SocketEvent, Target, now_ns,
 };
 use hugepages::Arena;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -129,6 +129,7 @@ struct Session {
     regions: HashMap<u32, Arc<Arena>>,
     rings: HashMap<u32, RingProducer>,
     held: Vec<u64>,
+    held_saves: Vec<u64>,
     unsent: Vec<Completion>,
 }
 
@@ -145,6 +146,7 @@ fn serve(listener: &Listener, manners: &Manners, stop: &AtomicBool) {
                 regions: HashMap::new(),
                 rings: HashMap::new(),
                 held: vec![],
+                held_saves: vec![],
                 unsent: vec![],
             });
         }
@@ -227,11 +229,28 @@ impl Session {
                 let region = Arc::clone(&self.regions[&region]);
                 self.fetch(id, &region, &layout, &shape, &chunks, progress, manners);
             }
+            Command::Save { id, .. } if manners.hold.load(Ordering::SeqCst) => {
+                self.held.push(id);
+                self.held_saves.push(id);
+            }
+            Command::Save { id, chunks, .. } => {
+                // What is known is stored already, and becomes known.
+                let mut stored = manners.stored.lock().unwrap();
+                let fresh =
+                    chunks.iter().filter(|place| stored.insert(place.key, place.tokens).is_none()).count();
+                let fresh = u32::try_from(fresh).unwrap();
+                let already_stored = u32::try_from(chunks.len()).unwrap() - fresh;
+                self.unsent.push(saved(id, Outcome::Done, fresh, already_stored, vec![]));
+            }
             Command::Cancel { id } => {
                 let Some(at) = self.held.iter().position(|&held| held == id) else { return };
                 if !manners.deaf.load(Ordering::SeqCst) {
                     self.held.remove(at);
-                    self.unsent.push(ended(id, Outcome::Cancelled, 0, 0, vec![]));
+                    self.unsent.push(if self.held_saves.contains(&id) {
+                        saved(id, Outcome::Cancelled, 0, 0, vec![])
+                    } else {
+                        ended(id, Outcome::Cancelled, 0, 0, vec![])
+                    });
                 }
             }
             Command::Unregister { id, region } => {
@@ -295,6 +314,17 @@ impl Session {
         let outcome = if missing.is_empty() { Outcome::Done } else { Outcome::Failed };
         self.unsent.push(ended(id, outcome, planes, bytes, missing));
     }
+}
+
+fn saved(
+    id: u64,
+    outcome: Outcome,
+    stored: u32,
+    already_stored: u32,
+    not_saved: Vec<NotSaved>,
+) -> Completion {
+    let message = if not_saved.is_empty() { String::new() } else { "as told".to_owned() };
+    Completion::Saved { id, outcome, stored, already_stored, encoded_bytes: 0, not_saved, message }
 }
 
 fn look_up(id: u64, keys: &[[u8; 32]], manners: &Manners) -> Completion {

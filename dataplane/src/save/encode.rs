@@ -67,7 +67,8 @@ impl AnyEncoder {
     pub(crate) fn new(zstd_level: i32) -> Self {
         let codec = Arc::new(AtomicU8::new(Codec::Raw.wire()));
         let current = Arc::clone(&codec);
-        let chosen = move |_, _| PlaneCodec::from(Codec::from_wire(current.load(Relaxed)).unwrap_or(Codec::Raw));
+        let chosen =
+            move |_, _| PlaneCodec::from(Codec::from_wire(current.load(Relaxed)).unwrap_or(Codec::Raw));
         Self { encoder: Encoder::mixed(chosen, zstd_level), codec }
     }
 

@@ -197,5 +197,4 @@ impl Offers {
             return Some(Sent { to: sent.to, bytes: end, is_data: true });
         }
     }
-
 }

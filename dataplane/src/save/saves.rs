@@ -71,7 +71,13 @@ impl Saves {
     }
 
     /// Takes up a [`Command::Save`] that `ServerSession` has checked; `region` is the memory that it names.
-    pub(crate) fn admit(&mut self, now_ns: u64, session: u64, command: &Command, region: Option<&Arc<Arena>>) {
+    pub(crate) fn admit(
+        &mut self,
+        now_ns: u64,
+        session: u64,
+        command: &Command,
+        region: Option<&Arc<Arena>>,
+    ) {
         let owner = Owner { session, command: command.id() };
         let planned = region
             .ok_or_else(|| "the region is gone, or of a kind that cannot be saved from".to_owned())
@@ -111,7 +117,8 @@ impl Saves {
         let control::Layout { layer, side, token, head } = layout;
         let layout = Layout { layer, side, token, head };
         let chunk = |place: &ChunkPlace| {
-            let (layers, kv_heads, head_dim, tokens) = (shape.layers, shape.kv_heads, shape.head_dim, place.tokens);
+            let (layers, kv_heads, head_dim, tokens) =
+                (shape.layers, shape.kv_heads, shape.head_dim, place.tokens);
             let dtype = match shape.dtype {
                 control::Dtype::Bf16 => Dtype::Bf16,
                 control::Dtype::F16 => Dtype::F16,
