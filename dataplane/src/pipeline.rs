@@ -351,9 +351,9 @@ fn fill_slots(config: &Config, gpus: &Gpus, ring: &Ring<Box<Slot>>) -> Result<Fi
         numa_node: None,
     })?;
     let mut slots = Slots::new(gpus.pin(arena)?, slot_bytes)?;
-    let mut made = slots.take().into_iter().map(Box::new);
+    let mut made = slots.take().into_iter();
     for slot in made.by_ref().take(config.slots) {
-        assert!(ring.enqueue(slot).is_ok(), "the ring was made for every slot");
+        assert!(ring.enqueue(Box::new(slot)).is_ok(), "the ring was made for every slot");
     }
     Ok(Filled {
         slot_pages: slots.page_size(),
@@ -367,7 +367,7 @@ struct Filled {
     slot_pages: PageSize,
     slot_fallback: Option<String>,
     /// Slots for planes that are saved: those of fetches are not touched.
-    staging: Vec<Box<Slot>>,
+    staging: Vec<Slot>,
 }
 
 /// Makes stages.
@@ -445,12 +445,13 @@ impl StageBuilder<'_> {
     }
 
     /// One encoder per decode lcore, if anything is saved.
-    fn encoders(&self, staging: Vec<Box<Slot>>) -> Vec<EncodeStage<HostSource<usize>>> {
+    fn encoders(&self, staging: Vec<Slot>) -> Vec<EncodeStage<HostSource<usize>>> {
         let mut staging = staging.into_iter();
         let mut encoders = Vec::new();
         loop {
-            let free: Vec<Box<Slot>> = staging.by_ref().take(STAGING_SLOTS).collect();
-            if free.len() < STAGING_SLOTS {
+            let free: ArrayVec<Box<Slot>, STAGING_SLOTS> =
+                staging.by_ref().take(STAGING_SLOTS).map(Box::new).collect();
+            if !free.is_full() {
                 return encoders;
             }
             encoders.push(EncodeStage {

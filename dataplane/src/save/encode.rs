@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
+use arrayvec::ArrayVec;
 use compress::{Codec, Encoder, PlaneCodec, WriteError};
 use control::NotSavedReason;
 use dpdk::Ring;
@@ -86,7 +87,7 @@ pub(crate) struct EncodeStage<S> {
     pub(crate) clock: Clock,
     pub(crate) counters: Arc<EncodeCounters>,
     /// Slots without a plane.
-    pub(crate) free: Vec<Box<Slot>>,
+    pub(crate) free: ArrayVec<Box<Slot>, STAGING_SLOTS>,
     /// Planes that were read, by the low bit of their number.
     pub(crate) read: [Option<Box<Slot>>; STAGING_SLOTS],
     pub(crate) done: ReadBatch<usize>,

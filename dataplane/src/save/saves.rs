@@ -48,7 +48,7 @@ pub(crate) struct Saves {
     limits: SaveLimits,
     /// Those with chunks to send out take turns.
     active: VecDeque<Active>,
-    free: Vec<Box<SaveJob>>,
+    free: VecDeque<Box<SaveJob>>,
     chunks: Ring<Box<SaveJob>>,
     returned: Ring<Box<SaveJob>>,
     ended: Vec<(Owner, Completion)>,
@@ -183,7 +183,7 @@ impl Saves {
                 SaveOutcome::NotSaved(reason) => active.miss(job.chunk, reason),
             }
         }
-        self.free.push(job);
+        self.free.push_back(job);
     }
 
     /// One chunk of each save in turn, so that a long one does not hold up a short one.
@@ -197,15 +197,15 @@ impl Saves {
         }
         let mut without = 0;
         while without < self.active.len()
-            && let Some(mut job) = self.free.pop()
+            && let Some(mut job) = self.free.pop_front()
         {
             let Some(mut active) = self.active.pop_front() else {
-                self.free.push(job);
+                self.free.push_back(job);
                 break;
             };
             if active.next == active.shared.chunks.len() {
                 without += 1;
-                self.free.push(job);
+                self.free.push_back(job);
             } else {
                 without = 0;
                 job.save = Some(Arc::clone(&active.shared));
