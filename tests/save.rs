@@ -114,7 +114,7 @@ impl<'a> Saver<'a> {
 fn a_full_store_evicts_and_one_full_of_pinned_chunks_says_so() {
     let mut cluster = Cluster::new(Codec::Int4, &[]);
     let path = cluster.path("kv.safetensors");
-    // One chunk of about 184 KiB encoded: five of them fill a MiB.
+    // One chunk of about 200 KiB encoded: a few of them fill a MiB.
     write_kv(&path, 64, 256);
     cluster.start_any_store("0", &["--memory-mib", "1", "--json"]);
     let client = cluster.client();
@@ -135,16 +135,18 @@ fn a_full_store_evicts_and_one_full_of_pinned_chunks_says_so() {
 
     // The same memory, filled by what is pinned.
     let pinned = cluster.path("pinned.safetensors");
-    write_kv(&pinned, 64, 5 * 256);
+    write_kv(&pinned, 64, 3 * 256);
     cluster.start_any_store("0", &["--memory-mib", "1", "--load", &pinned.to_string_lossy(), "--pin-loaded"]);
     cluster.wait_for_store(&client, &saver.tokens(0));
+    // Three chunks of int4 leave less than one of int8 takes.
+    let saver = Saver { codec: ClientCodec::Int8, ..saver };
     for number in 0..8 {
         let report = saver.save(number, PATIENCE);
         assert_eq!((report.outcome, report.not_saved.len()), (Outcome::Failed, 1));
         assert_eq!(report.not_saved[0].reason, NotSavedReason::StoreFull);
         assert!(report.message.contains("pinned"), "{}", report.message);
     }
-    let whole = write_kv(&cluster.path("again.safetensors"), 64, 5 * 256);
+    let whole = write_kv(&cluster.path("again.safetensors"), 64, 3 * 256);
     assert!(client.lookup(&whole, PATIENCE).unwrap().is_whole(), "what is pinned stays");
 }
 

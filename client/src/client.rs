@@ -21,7 +21,7 @@ use crate::gpu::{GpuRing, PagedCache, PagesRequest, RingConfig, RingRequest};
 use crate::lost::Lost;
 use crate::prefix::{Prefix, PrefixChunk};
 use crate::region::{Held, Memory, Region, RegisterError};
-use crate::save::{self, Save, SaveError, SaveRequest};
+use crate::save::{self, Save, SaveError, SavePagesRequest, SaveRequest};
 use crate::shared::{Kind, NotSent, Shared, Unanswered};
 
 /// Why there is no session.
@@ -291,6 +291,14 @@ impl Client {
     /// When the request is invalid, the data plane does not take commands, or the session is over.
     pub fn save(&self, request: &SaveRequest<'_>) -> Result<Save, SaveError> {
         save::start(&self.shared, request)
+    }
+
+    /// The same, out of pages of a KV cache on a GPU.
+    ///
+    /// # Errors
+    /// As [`Client::save`].
+    pub fn save_pages(&self, request: &SavePagesRequest<'_>) -> Result<Save, SaveError> {
+        save::start_pages(&self.shared, request)
     }
 
     /// The data plane's counters and latencies, as one JSON object.

@@ -30,7 +30,7 @@ pub use lost::Lost;
 pub use prefix::{Prefix, PrefixChunk};
 pub use protocol::key::{Key, Namespace};
 pub use region::{Region, RegisterError};
-pub use save::{Save, SaveError, SaveReport, SaveRequest};
+pub use save::{Save, SaveError, SavePagesRequest, SaveReport, SaveRequest};
 
 /// Compiles the example of the guide.
 #[cfg(doctest)]

@@ -11,8 +11,9 @@ use control::{
 use protocol::Key;
 
 use crate::fetch::{ANSWER_GRACE, RequestError, milliseconds};
+use crate::gpu::PagedCache;
 use crate::lost::Lost;
-use crate::region::Region;
+use crate::region::{Memory, Region};
 use crate::shared::{Kind, NotSent, Shared, Target, Unanswered, Written};
 
 /// Which chunks to save, where their bytes are, and until when.
@@ -67,6 +68,40 @@ impl<'a> SaveRequest<'a> {
         let chunks = chunks.collect();
         Ok(Self { region, shape, layout, codec, chunks, timeout: Duration::from_secs(10) })
     }
+}
+
+/// Which chunks to save out of a paged KV cache on a GPU, and until when.
+#[derive(Clone, Debug)]
+pub struct SavePagesRequest<'a> {
+    /// The cache that holds them; its elements are of the shape's 16-bit type.
+    pub cache: &'a PagedCache,
+    /// What the chunks are. Layers, KV heads and head dimension must be the cache's.
+    pub shape: Shape,
+    /// How they are to be encoded: that of the client's namespace, or nobody finds them.
+    pub codec: Codec,
+    /// The pages of the sequence's tokens from 0 on, in order. What the engine writes there before the save has ended is saved
+    /// or not, byte by byte.
+    pub table: Vec<u32>,
+    /// The chunks; `offset` is the chunk's first token, counted from the table's start.
+    pub chunks: Vec<ChunkPlace>,
+    /// The deadline, from when the data plane takes the save: it ends by then, done or failed.
+    pub timeout: Duration,
+}
+
+/// Sends the command.
+pub(crate) fn start_pages(shared: &Arc<Shared>, request: &SavePagesRequest<'_>) -> Result<Save, SaveError> {
+    let command = |id| Command::Save {
+        id,
+        timeout_ms: milliseconds(request.timeout),
+        region: request.cache.0.id,
+        from: SaveFrom::Pages { table: request.table.clone() },
+        shape: request.shape,
+        codec: request.codec,
+        chunks: request.chunks.clone(),
+    };
+    let kv = request.cache.kv();
+    command(0).check(|region| (region == request.cache.0.id).then_some(RegionView::Pages(kv)))?;
+    start_command(shared, &request.cache.0, command, request.timeout)
 }
 
 /// Why a save was not started, or cannot be followed. A save that was started and in which something went wrong is no error:
@@ -167,19 +202,28 @@ pub(crate) fn start(shared: &Arc<Shared>, request: &SaveRequest<'_>) -> Result<S
     };
     let bytes = request.region.bytes() as u64;
     command(0).check(|region| (region == request.region.id()).then_some(RegionView::Host(bytes)))?;
-    if !Arc::ptr_eq(&request.region.0.shared, shared) {
+    start_command(shared, &request.region.0, command, request.timeout)
+}
+
+fn start_command(
+    shared: &Arc<Shared>,
+    memory: &Arc<Memory>,
+    command: impl FnOnce(u64) -> Command,
+    timeout: Duration,
+) -> Result<Save, SaveError> {
+    if !Arc::ptr_eq(&memory.shared, shared) {
         return Err(SaveError::ForeignRegion);
     }
     let begun = Instant::now();
     let mut state = shared.lock()?;
     // It only reads: what else reads or writes there is the caller's business.
-    let target = Target { memory: Arc::clone(&request.region.0), written: Written::Entries };
+    let target = Target { memory: Arc::clone(memory), written: Written::Entries };
     let id = state.begin(Kind::Save, Some(target));
     let deadline = begun.checked_add(shared.config.timeout);
     let (state, sent) = shared.send(state, &command(id), deadline);
     drop(state);
     sent?;
-    Ok(Save { shared: Arc::clone(shared), id, begun, timeout: request.timeout, ended: None })
+    Ok(Save { shared: Arc::clone(shared), id, begun, timeout, ended: None })
 }
 
 impl Save {

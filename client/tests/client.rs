@@ -489,7 +489,7 @@ fn what_was_saved_is_found() {
         Err(RequestError::Empty)
     ));
     let mut outside = save_request(&client, &region, 600);
-    outside.chunks[2].offset = 1 << 20;
+    outside.chunks[2].offset = region.bytes() as u64;
     assert!(matches!(client.save(&outside), Err(SaveError::Invalid(_))));
     let other = fake.connect();
     assert!(matches!(other.save(&save_request(&client, &region, 600)), Err(SaveError::ForeignRegion)));

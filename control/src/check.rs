@@ -2,8 +2,8 @@
 
 use crate::CHUNK_TOKENS;
 use crate::codec::DecodeError;
-use crate::gpu::{PagedKv, RingKv};
-use crate::layout::{Layout, LayoutError, Shape};
+use crate::gpu::{ElementType, PagedKv, RingKv};
+use crate::layout::{Dtype, Layout, LayoutError, Shape};
 use crate::message::{
     ChunkPlace, Command, Completion, MAX_CHUNKS_PER_FETCH, MAX_KEYS_PER_LOOKUP, MAX_PAGES_PER_FETCH,
     MAX_TIMEOUT_MS, Outcome, SaveFrom, Target,
@@ -84,12 +84,20 @@ pub enum CommandError {
         offset: u64,
     },
     /// Host memory, pages and a ring each take another kind of target.
-    #[error("region {region} is {kind}: a fetch into it has to say how to place planes there")]
+    #[error("region {region} is {kind}: a fetch or save has to say how planes lie there")]
     OtherKind {
         /// As given.
         region: u32,
         /// What it is.
         kind: &'static str,
+    },
+    /// The cache holds other elements than the chunks that are to be saved.
+    #[error("the cache holds {held:?} and the chunks are to be {wanted:?}: a save does not convert")]
+    OtherElement {
+        /// What the cache holds.
+        held: ElementType,
+        /// What the chunks are said to be.
+        wanted: Dtype,
     },
     /// No page, or too many.
     #[error("a page table names {pages} pages: name 1 to {MAX_PAGES_PER_FETCH}, and split a longer fetch")]
@@ -212,15 +220,24 @@ impl Command {
                     (_, other) => Err(CommandError::OtherKind { region: *region, kind: other.kind() }),
                 }
             }
-            Self::Save { timeout_ms, region, from: SaveFrom::Host { layout }, shape, chunks, .. } => {
+            Self::Save { timeout_ms, region, from, shape, chunks, .. } => {
                 check_timeout(*timeout_ms)?;
                 if chunks.is_empty() || chunks.len() > MAX_CHUNKS_PER_FETCH {
                     return Err(CommandError::ChunkCount { chunks: chunks.len() });
                 }
                 check_tokens(chunks)?;
-                match find(*region).ok_or(CommandError::UnknownRegion { region: *region })? {
-                    RegionView::Host(region_bytes) => check_places(layout, shape, chunks, region_bytes),
-                    other => Err(CommandError::OtherKind { region: *region, kind: other.kind() }),
+                let found = find(*region).ok_or(CommandError::UnknownRegion { region: *region })?;
+                match (from, found) {
+                    (SaveFrom::Host { layout }, RegionView::Host(region_bytes)) => {
+                        check_places(layout, shape, chunks, region_bytes)
+                    }
+                    (SaveFrom::Pages { table }, RegionView::Pages(kv)) => {
+                        if kv.element.dtype() != Some(shape.dtype) {
+                            return Err(CommandError::OtherElement { held: kv.element, wanted: shape.dtype });
+                        }
+                        check_pages(table, kv, shape, chunks)
+                    }
+                    (_, other) => Err(CommandError::OtherKind { region: *region, kind: other.kind() }),
                 }
             }
             Self::Unregister { region, .. } => match find(*region) {

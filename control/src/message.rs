@@ -117,6 +117,11 @@ pub enum SaveFrom {
         /// Strides within a chunk, bytes.
         layout: Layout,
     },
+    /// A paged KV cache in GPU memory, of the chunks' own 16-bit element type.
+    Pages {
+        /// The pages of the tokens from 0 on, in order: 1 to [`MAX_PAGES_PER_FETCH`].
+        table: Vec<u32>,
+    },
 }
 
 /// What the serving process asks for. `id`s are the client's choice; two commands under way never share one.

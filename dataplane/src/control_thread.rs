@@ -187,7 +187,9 @@ impl<'a> ControlThread<'a> {
                     self.fetches.admit(now_ns, number, command, region);
                 }
                 Command::Save { region, .. } => {
-                    self.saves.admit(now_ns, number, &command, client.session.region(region));
+                    let host = client.session.region(region).map(Arc::clone).map(RegionMemory::Host);
+                    let region = host.or_else(|| client.gpu.get(&region).cloned());
+                    self.saves.admit(now_ns, number, &command, region.as_ref());
                 }
                 Command::Cancel { .. } => {
                     self.saves.cancel(|of| of == owner);

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use control::GpuMemory;
-use gpu_dma::{Driver, DriverError, GpuHealth, GpuSink, GpuSinkConfig, OpenError, PagedMemory, RingMemory};
+use gpu_dma::{
+    Driver, DriverError, GpuHealth, GpuSink, GpuSinkConfig, GpuSource, OpenError, PagedMemory, RingMemory,
+    Sources,
+};
 use hugepages::Arena;
 
 use crate::fetches::RegionMemory;
@@ -41,6 +44,13 @@ impl Gpus {
     pub(crate) fn sink<T>(&self) -> Result<Option<GpuSink<T>>, DriverError> {
         let driver = self.config.driver.clone();
         driver.map(|driver| GpuSink::new(driver, self.config.sink, Arc::clone(&self.health))).transpose()
+    }
+
+    /// Where an encode stage reads planes.
+    pub(crate) fn source<T>(&self) -> Result<Sources<T>, DriverError> {
+        let driver = self.config.driver.clone();
+        let gpu = driver.map(|driver| GpuSource::new(driver, Arc::clone(&self.health))).transpose()?;
+        Ok(Sources::new(gpu))
     }
 
     /// Opens what a client lends, as described and found sound; `words` is the host memory of a ring.

@@ -10,7 +10,7 @@ use compress::Decoder;
 use dpdk::{
     CompressDev, CompressError, CompressQueue, Eal, LaunchError, Pool, Port, Ring, RingError, RingMode,
 };
-use gpu_dma::{DriverError, HostSource, Sinks};
+use gpu_dma::{DriverError, Sinks, Sources};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
 use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
 use protocol::frame::max_segment_bytes;
@@ -284,7 +284,7 @@ impl Pipeline {
         let stop = Arc::new(AtomicBool::new(false));
         let lcore_control = LcoreControl { stop: Arc::clone(&stop), clock, idle_sleep: config.idle_sleep };
         let (compress_dev, devices, offloads) = builder.devices()?;
-        let encoders = builder.encoders(staging);
+        let encoders = builder.encoders(staging)?;
         let encode_counters = encoders.iter().map(|stage| Arc::clone(&stage.counters)).collect();
         let lcores = builder.launch(rx_stages, devices, encoders, &lcore_control)?;
         let pipeline = Self {
@@ -445,17 +445,17 @@ impl StageBuilder<'_> {
     }
 
     /// One encoder per decode lcore, if anything is saved.
-    fn encoders(&self, staging: Vec<Slot>) -> Vec<EncodeStage<HostSource<usize>>> {
+    fn encoders(&self, staging: Vec<Slot>) -> Result<Vec<EncodeStage<Sources<usize>>>, BuildError> {
         let mut staging = staging.into_iter();
         let mut encoders = Vec::new();
         loop {
             let free: ArrayVec<Box<Slot>, STAGING_SLOTS> =
                 staging.by_ref().take(STAGING_SLOTS).map(Box::new).collect();
             if !free.is_full() {
-                return encoders;
+                return Ok(encoders);
             }
             encoders.push(EncodeStage {
-                source: HostSource::default(),
+                source: self.gpus.source()?,
                 encoder: AnyEncoder::new(self.config.save.zstd_level),
                 rings: EncodeRings {
                     decode: self.rings.decode.clone(),
@@ -527,7 +527,7 @@ impl StageBuilder<'_> {
         &self,
         rx_stages: Vec<RxStage>,
         devices: Vec<DecodeDevice>,
-        encoders: Vec<EncodeStage<HostSource<usize>>>,
+        encoders: Vec<EncodeStage<Sources<usize>>>,
         control: &LcoreControl,
     ) -> Result<Vec<LcoreView>, BuildError> {
         let mut rx_stages = rx_stages.into_iter();

@@ -34,7 +34,7 @@ impl Run {
     }
 
     /// Whether a strided copy can do it.
-    fn strided(&self) -> bool {
+    pub(crate) fn strided(&self) -> bool {
         let pitch = |pitch: u64| (self.bytes..=MAX_PITCH_BYTES).contains(&pitch);
         pitch(self.to_pitch) && pitch(self.from_pitch)
     }

@@ -149,6 +149,16 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// When the driver refuses.
     unsafe fn copy_rows(&self, device: DeviceIndex, stream: StreamId, run: &Run) -> Result<(), DriverError>;
 
+    /// Starts one copy of several rows the other way: `run.from` is an address of the GPU, `run.to` one of host memory.
+    ///
+    /// # Safety
+    /// The host memory is registered, and it stays so and is neither read nor written until the copy has ended. The GPU memory
+    /// is mapped until then.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    unsafe fn read_rows(&self, device: DeviceIndex, stream: StreamId, run: &Run) -> Result<(), DriverError>;
+
     /// How pieces are copied, for the log: `batched`, `strided or single`.
     fn method(&self) -> &'static str;
 }

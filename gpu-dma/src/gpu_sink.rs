@@ -67,6 +67,13 @@ pub struct GpuHealth {
 }
 
 impl GpuHealth {
+    /// Notes that a GPU is lost, if that is what the error means.
+    pub(crate) fn note(&self, error: DriverError) {
+        if error.sticky {
+            let _ = self.lost.set(error);
+        }
+    }
+
     /// The error after which no call on a GPU succeeds any more, if there was one.
     #[must_use]
     pub fn lost(&self) -> Option<DriverError> {

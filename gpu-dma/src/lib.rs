@@ -8,13 +8,14 @@
 //! - [`HostRing`] is the sink in memory shared with the serving process, [`GpuSink`] that in GPU memory: pages of a
 //!   serving engine's KV cache ([`PagedMemory`], placed by [`paged`]) and rings ([`RingMemory`]). [`Sinks`] is both.
 //! - [`Source`] is the other direction: where planes come from when they are saved. [`HostSource`] reads memory shared with the
-//!   serving process.
+//!   serving process, [`GpuSource`] pages of its KV cache; [`Sources`] is both.
 //! - [`Driver`] is what they need of a GPU: [`cuda::Cuda`], or a fake ([`testing`]). [`pin`] makes slots known to it.
 
 mod copies;
 pub mod cuda;
 mod driver;
 mod gpu_sink;
+mod gpu_source;
 mod host_ring;
 mod layout;
 mod memory;
@@ -31,6 +32,7 @@ pub mod yardstick;
 pub use copies::{CopyList, MAX_PITCH_BYTES, Run, STRIDED_BELOW_BYTES};
 pub use driver::{Device, DeviceIndex, Driver, DriverError, EventId, Mapping, StreamId};
 pub use gpu_sink::{GpuHealth, GpuSink, GpuSinkConfig};
+pub use gpu_source::{GpuSource, Sources};
 pub use host_ring::{HostRing, SUBMIT_BYTES, deliver};
 pub use layout::{Dimension, HeadOrder, Layout, LayoutError};
 pub use memory::{OpenError, PagedMemory, RingMemory, find_device};

@@ -5,6 +5,9 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 use hugepages::{Arena, Slot};
 
+use crate::driver::DriverError;
+use crate::memory::PagedMemory;
+use crate::paged;
 use crate::placement::Placement;
 
 /// Reads in a batch, at most.
@@ -23,6 +26,17 @@ pub enum Origin {
         /// The chunk's place in it.
         placement: Placement,
     },
+    /// Pages of a KV cache on a GPU, whose elements have 16 bits.
+    Pages {
+        /// The cache.
+        memory: Arc<PagedMemory>,
+        /// Its pages, in the order of the save's tokens; checked against the cache.
+        table: Arc<[u32]>,
+        /// The chunk's first token, counted from the table's start.
+        first_token: u64,
+        /// Tokens of the chunk.
+        tokens: u16,
+    },
 }
 
 impl Origin {
@@ -31,6 +45,16 @@ impl Origin {
     pub fn plane_bytes(&self) -> u64 {
         match self {
             Self::Host { placement, .. } => placement.shape().plane_bytes(),
+            Self::Pages { memory, tokens, .. } => paged::plane_bytes(memory.kv(), *tokens),
+        }
+    }
+
+    /// Planes of the chunk.
+    #[must_use]
+    pub fn planes(&self) -> u32 {
+        match self {
+            Self::Host { placement, .. } => placement.shape().planes(),
+            Self::Pages { memory, .. } => u32::try_from(memory.kv().layers.len() * 2).unwrap_or(u32::MAX),
         }
     }
 }
@@ -84,6 +108,12 @@ pub enum SourceFault {
         /// Bytes in the region.
         region_bytes: usize,
     },
+    /// The source does not read there.
+    #[error("the source does not read this kind of memory")]
+    OtherSource,
+    /// The GPU's driver refused the copy, or the copy failed.
+    #[error("the GPU did not give the plane: {0}")]
+    Device(#[from] DriverError),
 }
 
 /// A place where planes come from. One thread drives it, by polling, as a [`crate::Sink`].
@@ -148,6 +178,7 @@ impl<T: Send> Source<T> for HostSource<T> {
         let Read { context, mut slot, from, plane } = read;
         let result = match from {
             Origin::Host { region, placement } => gather(&region, &placement, plane, slot.as_mut_slice()),
+            Origin::Pages { .. } => Err(SourceFault::OtherSource),
         };
         self.done.push(ReadDone { context, slot, result });
         Ok(())

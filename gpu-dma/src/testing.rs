@@ -32,6 +32,8 @@ pub enum Call {
     CopyPieces,
     /// [`Driver::copy_rows`]
     CopyRows,
+    /// [`Driver::read_rows`]
+    ReadRows,
     /// [`Driver::record`]
     Record,
     /// [`Driver::query`]
@@ -53,6 +55,8 @@ pub fn lost(call: &'static str) -> DriverError {
 #[derive(Debug)]
 enum Step {
     Copy(Run),
+    /// From the GPU to host memory.
+    Read(Run),
     Mark(EventId),
 }
 
@@ -212,35 +216,39 @@ impl State {
         }
         let at = busy[pick % busy.len()];
         match self.streams.get_mut(&at).and_then(VecDeque::pop_front) {
-            Some(Step::Copy(run)) => self.copy(at.0, &run),
+            Some(Step::Copy(run)) => self.copy(at.0, &run, false),
+            Some(Step::Read(run)) => self.copy(at.0, &run, true),
             Some(Step::Mark(event)) => drop(self.events.insert(event.0, true)),
             None => {}
         }
         true
     }
 
-    fn copy(&mut self, device: usize, run: &Run) {
+    fn copy(&mut self, device: usize, run: &Run, is_read: bool) {
         for row in 0..run.rows {
             let (to, from) = (run.to + row * run.to_pitch, run.from + row * run.from_pitch);
-            let target = self.allocations.values().find(|allocation| {
-                allocation.address <= to && to + run.bytes <= allocation.address + allocation.bytes
+            let (of_gpu, of_host) = if is_read { (from, to) } else { (to, from) };
+            let lent = self.allocations.values().find(|allocation| {
+                allocation.address <= of_gpu && of_gpu + run.bytes <= allocation.address + allocation.bytes
             });
-            let target = target.expect("a copy reaches beyond every allocation");
-            assert!(target.device == device && target.mapped > 0, "a copy to memory that is not mapped");
+            let target = lent.expect("a copy reaches beyond every allocation");
+            assert!(
+                target.device == device && target.mapped > 0,
+                "a copy to or from memory that is not mapped"
+            );
             if !target.alive {
                 self.broken.insert(device, lost("cuEventQuery"));
                 return;
             }
-            let registered = self
-                .host
-                .iter()
-                .any(|(&start, &bytes)| (start as u64) <= from && from + run.bytes <= (start + bytes) as u64);
-            assert!(registered, "a copy from memory that is not registered");
+            let registered = self.host.iter().any(|(&start, &bytes)| {
+                (start as u64) <= of_host && of_host + run.bytes <= (start + bytes) as u64
+            });
+            assert!(registered, "a copy from or to host memory that is not registered");
             let bytes = usize::try_from(run.bytes).expect("a test's size");
             let (to, from) = (usize::try_from(to).expect("an address"), usize::try_from(from).expect("one"));
-            // SAFETY: the source lies in a registered range, which its owner keeps mapped and does not write to before
-            // the copy has ended; the target lies in `memory` of an allocation, which lives in this map and is only read
-            // under the same lock.
+            // SAFETY: one end lies in a registered range, which its owner keeps mapped and does not touch (of a copy to the
+            // GPU: does not write to) before the copy has ended; the other lies in `memory` of an allocation, which lives
+            // in this map and is only touched under the same lock.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     std::ptr::with_exposed_provenance::<u8>(from),
@@ -278,9 +286,11 @@ impl Driver for FakeDriver {
         let range = address as u64..(address + bytes) as u64;
         let broken = state.broken.keys().copied().collect::<Vec<_>>();
         let live = state.streams.iter().filter(|((device, _), _)| !broken.contains(device));
-        let reads = live
-            .flat_map(|(_, steps)| steps)
-            .any(|step| matches!(step, Step::Copy(run) if range.contains(&run.from)));
+        let reads = live.flat_map(|(_, steps)| steps).any(|step| match step {
+            Step::Copy(run) => range.contains(&run.from),
+            Step::Read(run) => range.contains(&run.to),
+            Step::Mark(_) => false,
+        });
         assert!(!reads, "memory is unregistered while copies from it are under way");
         Ok(())
     }
@@ -305,11 +315,11 @@ impl Driver for FakeDriver {
         allocation.mapped -= 1;
         let range = address..address + allocation.bytes;
         let last = allocation.mapped == 0 && !broken;
-        let writes = state
-            .streams
-            .values()
-            .flatten()
-            .any(|step| matches!(step, Step::Copy(run) if range.contains(&run.to)));
+        let writes = state.streams.values().flatten().any(|step| match step {
+            Step::Copy(run) => range.contains(&run.to),
+            Step::Read(run) => range.contains(&run.from),
+            Step::Mark(_) => false,
+        });
         assert!(!(last && writes), "memory is unmapped while copies to it are under way");
         Ok(())
     }
@@ -363,7 +373,8 @@ impl Driver for FakeDriver {
                 return Err(error);
             }
             match state.streams.get_mut(&(device.0, stream.0)).and_then(VecDeque::pop_front) {
-                Some(Step::Copy(run)) => state.copy(device.0, &run),
+                Some(Step::Copy(run)) => state.copy(device.0, &run, false),
+                Some(Step::Read(run)) => state.copy(device.0, &run, true),
                 Some(Step::Mark(event)) => drop(state.events.insert(event.0, true)),
                 None => return Ok(()),
             }
@@ -395,6 +406,14 @@ impl Driver for FakeDriver {
         state.starts += 1;
         state.check(device, Call::CopyRows, "cuMemcpy2DAsync")?;
         state.add(device, stream, [Step::Copy(*run)]);
+        Ok(())
+    }
+
+    unsafe fn read_rows(&self, device: DeviceIndex, stream: StreamId, run: &Run) -> Result<(), DriverError> {
+        let mut state = self.state();
+        state.starts += 1;
+        state.check(device, Call::ReadRows, "cuMemcpy2DAsync")?;
+        state.add(device, stream, [Step::Read(*run)]);
         Ok(())
     }
 

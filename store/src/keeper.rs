@@ -85,6 +85,24 @@ impl Keeper {
         Ok(keeper)
     }
 
+    /// A keeper of made-up chunks of so many bytes each, for measurements: their content is of no format.
+    ///
+    /// # Errors
+    /// When memory does not suffice.
+    pub fn with_chunks(keys: impl ExactSizeIterator<Item = Key>, bytes: usize) -> Result<Keeper, LoadError> {
+        let needed = keys.len() * Heap::block_bytes(bytes).unwrap_or(0);
+        let page = hugepages::PageChoice::Base;
+        let arena = Arena::new(ArenaConfig { name: "chunks", bytes: needed.max(1), page, numa_node: None })?;
+        let mut keeper = Keeper::new(Heap::new(arena)?, needed, false);
+        for key in keys {
+            let block = keeper.heap.take(bytes).expect("the heap was made to hold them");
+            keeper.under_way.insert(key);
+            let info = ChunkInfo { chunk_bytes: bytes as u64, tokens: 256, ..ChunkInfo::default() };
+            keeper.publish(key, block, info, true);
+        }
+        Ok(keeper)
+    }
+
     fn new(heap: Heap, pinned_bytes: usize, takes_more: bool) -> Keeper {
         let blocks = heap.bytes() / hugepages::BLOCK_ALIGN_BYTES;
         Keeper {

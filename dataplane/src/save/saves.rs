@@ -9,11 +9,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use compress::{Codec, Dtype, Shape};
 use control::{ChunkPlace, Command, Completion, NotSaved, NotSavedReason, Outcome, SaveFrom};
 use dpdk::Ring;
-use gpu_dma::{ChunkShape as PlaceShape, Layout, Origin, Placement};
+use gpu_dma::{ChunkShape as PlaceShape, Layout, Origin, PagedMemory, Placement};
 use hugepages::Arena;
 use protocol::Key;
 
-use crate::fetches::Owner;
+use crate::fetches::{Owner, RegionMemory};
 use crate::save::job::{SaveChunk, SaveJob, SaveOutcome, SaveShared};
 
 /// Limits on what is admitted.
@@ -76,11 +76,11 @@ impl Saves {
         now_ns: u64,
         session: u64,
         command: &Command,
-        region: Option<&Arc<Arena>>,
+        region: Option<&RegionMemory>,
     ) {
         let owner = Owner { session, command: command.id() };
         let planned = region
-            .ok_or_else(|| "the region is gone, or of a kind that cannot be saved from".to_owned())
+            .ok_or_else(|| "the region is gone".to_owned())
             .and_then(|region| self.plan(now_ns, command, region));
         match planned {
             Ok(shared) => self.active.push_back(Active {
@@ -98,7 +98,7 @@ impl Saves {
     }
 
     /// Checks a save against the budgets and works out where its planes are.
-    fn plan(&self, now_ns: u64, command: &Command, region: &Arc<Arena>) -> Result<SaveShared, String> {
+    fn plan(&self, now_ns: u64, command: &Command, region: &RegionMemory) -> Result<SaveShared, String> {
         let Command::Save { timeout_ms, from, shape, codec, chunks, .. } = command else {
             unreachable!("only saves are given to `admit`")
         };
@@ -113,12 +113,10 @@ impl Saves {
                 planes_per_chunk / 2
             ));
         }
-        let SaveFrom::Host { layout } = *from;
-        let control::Layout { layer, side, token, head } = layout;
-        let layout = Layout { layer, side, token, head };
-        let chunk = |place: &ChunkPlace| {
+        let place = Place::of(region, from)?;
+        let chunk = |at: &ChunkPlace| {
             let (layers, kv_heads, head_dim, tokens) =
-                (shape.layers, shape.kv_heads, shape.head_dim, place.tokens);
+                (shape.layers, shape.kv_heads, shape.head_dim, at.tokens);
             let dtype = match shape.dtype {
                 control::Dtype::Bf16 => Dtype::Bf16,
                 control::Dtype::F16 => Dtype::F16,
@@ -131,11 +129,8 @@ impl Saves {
                     encoded.plane_bytes()
                 ));
             }
-            let at = PlaceShape { layers, tokens, kv_heads, head_dim };
-            let placement = Placement::new(layout, at, place.offset, region.bytes() as u64)
-                .map_err(|fault| fault.to_string())?;
-            let from = Origin::Host { region: Arc::clone(region), placement };
-            Ok(SaveChunk { key: Key(place.key), shape: encoded, from })
+            let from = place.origin(PlaceShape { layers, tokens, kv_heads, head_dim }, at.offset)?;
+            Ok(SaveChunk { key: Key(at.key), shape: encoded, from })
         };
         Ok(SaveShared {
             codec: codec_of(*codec),
@@ -250,6 +245,44 @@ impl Active {
             encoded_bytes: self.encoded_bytes,
             not_saved,
             message,
+        }
+    }
+}
+
+/// Where the chunks of a save are.
+enum Place {
+    Host { region: Arc<Arena>, layout: Layout },
+    Pages { memory: Arc<PagedMemory>, table: Arc<[u32]> },
+}
+
+impl Place {
+    fn of(region: &RegionMemory, from: &SaveFrom) -> Result<Self, String> {
+        match (region, from) {
+            (RegionMemory::Host(region), SaveFrom::Host { layout }) => {
+                let control::Layout { layer, side, token, head } = *layout;
+                Ok(Self::Host { region: Arc::clone(region), layout: Layout { layer, side, token, head } })
+            }
+            (RegionMemory::Pages(memory), SaveFrom::Pages { table }) => {
+                Ok(Self::Pages { memory: Arc::clone(memory), table: table.as_slice().into() })
+            }
+            _ => Err("the region is of another kind than the save says".to_owned()),
+        }
+    }
+
+    /// Of the chunk of this shape at `offset`. Pages were checked with the command (`control::check`).
+    fn origin(&self, shape: PlaceShape, offset: u64) -> Result<Origin, String> {
+        match self {
+            Self::Host { region, layout } => {
+                let placement = Placement::new(*layout, shape, offset, region.bytes() as u64)
+                    .map_err(|fault| fault.to_string())?;
+                Ok(Origin::Host { region: Arc::clone(region), placement })
+            }
+            Self::Pages { memory, table } => Ok(Origin::Pages {
+                memory: Arc::clone(memory),
+                table: Arc::clone(table),
+                first_token: offset,
+                tokens: shape.tokens,
+            }),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void};
 use std::fmt;
 use std::ops::Range;
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
 
 use cudarc::driver::sys::{
     CUDA_MEMCPY2D, CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcMemHandle, CUmemLocation,
@@ -182,26 +182,47 @@ impl Cuda {
         Ok(())
     }
 
-    fn copy_2d(&self, stream: CUstream, run: &Run) -> Result<(), DriverError> {
-        let copy = CUDA_MEMCPY2D {
+    /// A copy of which neither end is given yet.
+    fn rows(run: &Run) -> CUDA_MEMCPY2D {
+        CUDA_MEMCPY2D {
             srcXInBytes: 0,
             srcY: 0,
             srcMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
-            srcHost: std::ptr::with_exposed_provenance(as_usize(run.from)),
+            srcHost: null(),
             srcDevice: 0,
             srcArray: null_mut(),
             srcPitch: as_usize(run.from_pitch),
             dstXInBytes: 0,
             dstY: 0,
-            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
             dstHost: null_mut(),
-            dstDevice: run.to,
+            dstDevice: 0,
             dstArray: null_mut(),
             dstPitch: as_usize(run.to_pitch),
             WidthInBytes: as_usize(run.bytes),
             Height: as_usize(run.rows),
+        }
+    }
+
+    fn copy_2d(&self, stream: CUstream, run: &Run) -> Result<(), DriverError> {
+        let copy = CUDA_MEMCPY2D {
+            srcHost: std::ptr::with_exposed_provenance(as_usize(run.from)),
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstDevice: run.to,
+            ..Self::rows(run)
         };
         // SAFETY: by the contract of `copy_rows`; the description is read before the call returns.
+        self.check("cuMemcpy2DAsync", unsafe { (self.symbols.copy_2d)(&raw const copy, stream) })
+    }
+
+    fn read_2d(&self, stream: CUstream, run: &Run) -> Result<(), DriverError> {
+        let copy = CUDA_MEMCPY2D {
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcDevice: run.from,
+            dstHost: std::ptr::with_exposed_provenance_mut(as_usize(run.to)),
+            ..Self::rows(run)
+        };
+        // SAFETY: by the contract of `read_rows`; the description is read before the call returns.
         self.check("cuMemcpy2DAsync", unsafe { (self.symbols.copy_2d)(&raw const copy, stream) })
     }
 }
@@ -373,6 +394,11 @@ impl Driver for Cuda {
     unsafe fn copy_rows(&self, device: DeviceIndex, stream: StreamId, run: &Run) -> Result<(), DriverError> {
         self.enter(device)?;
         self.copy_2d(stream_of(stream), run)
+    }
+
+    unsafe fn read_rows(&self, device: DeviceIndex, stream: StreamId, run: &Run) -> Result<(), DriverError> {
+        self.enter(device)?;
+        self.read_2d(stream_of(stream), run)
     }
 
     fn method(&self) -> &'static str {
