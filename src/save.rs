@@ -9,7 +9,7 @@ use clap::Args;
 use client::{
     Client, ClientConfig, Codec as ClientCodec, Dtype, Outcome, Region, SaveReport, SaveRequest, Shape,
 };
-use compress::{Codec, Side};
+use compress::{Codec, PlaneCodec, Side};
 use serde_json::{Value, json};
 use store::kv_file::{KvFile, SequenceShape};
 
@@ -46,7 +46,10 @@ pub(crate) struct Flags {
 pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let file = KvFile::open(flags.input.as_deref().context("--input is missing")?)?;
     let (shape, timeout) = (file.shape(), Duration::from_millis(flags.timeout_ms));
-    let client = Client::connect(&flags.socket, &ClientConfig::new(flags.namespace.namespace(flags.codec)))?;
+    let client = Client::connect(
+        &flags.socket,
+        &ClientConfig::new(flags.namespace.namespace(&PlaneCodec::from(flags.codec).into())),
+    )?;
     let chunks = shape.chunks();
     // What the store has need not be encoded. If it does not answer, the save will say so.
     let known = if flags.all {

@@ -418,13 +418,13 @@ impl StageBuilder<'_> {
             parts: Parts((0..self.limits.fetches + self.limits.lookups).map(|_| None).collect()),
             latencies: Latencies::default(),
             counters: Arc::default(),
-            offers: self.offers(index),
+            offers: self.offers(index)?,
         };
         Ok((stage, ends))
     }
 
     /// What offers encoded chunks on one queue.
-    fn offers(&self, queue: usize) -> Offers {
+    fn offers(&self, queue: usize) -> Result<Offers, BuildError> {
         let serve = ServeConfig {
             epoch: epoch(),
             max_pending_pulls: 256,
@@ -441,7 +441,9 @@ impl StageBuilder<'_> {
             seed: seed(),
         });
         let SaveRings { encoded, returned, .. } = &self.rings.save;
-        Offers::new(engine, self.config.save.chunks, encoded[queue].clone(), returned.clone())
+        let placement = self.config.store_placement()?;
+        let (encoded, returned) = (encoded[queue].clone(), returned.clone());
+        Ok(Offers::new(engine, placement, self.config.save.chunks, encoded, returned))
     }
 
     /// One encoder per decode lcore, if anything is saved.

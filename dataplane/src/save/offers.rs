@@ -8,7 +8,7 @@ use iface::Counter;
 use protocol::frame::Peer;
 use protocol::put::{OfferCounters, OfferEnd, OfferEngine, OfferEvent, OfferTo};
 use protocol::reason::DropReason;
-use protocol::{ChunkInfo, ChunkSource, Instant, Key, StoreIndex};
+use protocol::{ChunkInfo, ChunkSource, Instant, Key, Placement, StoreIndex};
 
 use crate::save::job::{SaveJob, SaveOutcome, not_saved_reason};
 
@@ -82,6 +82,7 @@ pub(crate) struct Sent {
 /// The offers of one queue.
 pub(crate) struct Offers {
     engine: OfferEngine,
+    placement: Placement,
     jobs: Jobs,
     under_way: usize,
     encoded: Ring<Box<SaveJob>>,
@@ -93,12 +94,13 @@ impl Offers {
     /// `engine` has a place for every job that there is.
     pub(crate) fn new(
         engine: OfferEngine,
+        placement: Placement,
         jobs: u16,
         encoded: Ring<Box<SaveJob>>,
         returned: Ring<Box<SaveJob>>,
     ) -> Self {
         let jobs = Jobs((0..jobs).map(|_| None).collect());
-        Self { engine, jobs, under_way: 0, encoded, returned, counts: Arc::default() }
+        Self { engine, placement, jobs, under_way: 0, encoded, returned, counts: Arc::default() }
     }
 
     /// This queue's counts, for reading from any thread.
@@ -152,7 +154,9 @@ impl Offers {
         let key = save.chunks[job.chunk].key;
         let header_bytes = u32::try_from(job.writer.header_bytes()).unwrap_or(u32::MAX);
         let (deadline, bytes) = (Instant::from_nanos(save.deadline_ns), job.writer.bytes().len() as u64);
-        match self.engine.start(now, deadline, StoreIndex(0), &key, header_bytes, bytes) {
+        // The first of those that are to keep it; whoever fetches asks that one first, too.
+        let store = self.placement.candidates(&key).as_slice().first().copied().unwrap_or_default();
+        match self.engine.start(now, deadline, store, &key, header_bytes, bytes) {
             Ok(offer) => {
                 job.offer = Some(offer);
                 self.under_way += 1;
