@@ -195,7 +195,7 @@ impl Case<'_> {
     fn measure_here(&self, barrier: &Barrier) -> Medians {
         let mut work = Work::new(self);
         let planes = self.planes().count();
-        // By part, then by plane, or by chunk for encoding.
+        // By part, then by plane, or by layer for encoding.
         let mut times = [(); Part::ALL.len()].map(|()| vec![Vec::with_capacity(self.rounds); planes]);
         // The first round warms up.
         for round in 0..=self.rounds {
@@ -250,12 +250,18 @@ impl Work {
 
     fn run(&mut self, case: &Case<'_>, part: Part, mut took: impl FnMut(usize, Duration)) {
         if part == Part::Encode {
-            for chunk in 0..case.input.shapes.len() {
-                let start = Instant::now();
-                case.input
-                    .encode(&mut self.encoder, chunk, &mut self.encoded)
-                    .expect("it was encoded before");
-                took(chunk, start.elapsed());
+            let mut layers = 0;
+            for (shape, planes) in case.input.shapes.iter().zip(&case.input.planes) {
+                // Layer by layer, so that few measurements are interrupted.
+                for planes in planes.chunks_exact(2) {
+                    let start = Instant::now();
+                    let plane = |_, side| planes[compress::plane_index(0, side)].as_slice();
+                    let shape = Shape { layers: 1, ..*shape };
+                    let encoded = self.encoder.encode_chunk(&[0; 32], &shape, plane, &mut self.encoded);
+                    encoded.expect("it was encoded before");
+                    took(layers, start.elapsed());
+                    layers += 1;
+                }
             }
             return;
         }
