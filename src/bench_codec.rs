@@ -208,12 +208,12 @@ impl Case<'_> {
                 });
             }
         }
-        times.map(|mut planes| planes.iter_mut().map(median).sum())
+        times.map(|mut planes| planes.iter_mut().map(|times| median(times)).sum())
     }
 }
 
 /// Zero of no times.
-fn median(times: &mut Vec<Duration>) -> Duration {
+fn median(times: &mut [Duration]) -> Duration {
     times.sort_unstable();
     times.get(times.len() / 2).copied().unwrap_or_default()
 }
