@@ -18,7 +18,7 @@ use store::kv_file::KvFile;
 
 use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
 use crate::flags::{EalFlags, NamespaceFlags, PortFlags};
-use crate::{bench_codec, bench_gpu};
+use crate::{bench_codec, bench_gpu, bench_pages};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Rx(Box<RxFlags>),
     /// Copies into GPU memory by the sinks, beside bare copies of the same pieces
     Gpu(bench_gpu::Flags),
+    /// Fetches into GPU pages that another process describes
+    Pages(bench_pages::Flags),
     /// What `bench gpu` starts to hold the GPU memory
     #[command(hide = true)]
     GpuHolder(bench_gpu::HolderFlags),
@@ -62,6 +64,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Rx(flags) => rx(flags),
         Command::Gpu(flags) => bench_gpu::run(flags),
+        Command::Pages(flags) => bench_pages::run(flags),
         Command::GpuHolder(flags) => bench_gpu::hold(flags),
         Command::Codec(flags) => bench_codec::run(flags),
     }

@@ -3,6 +3,7 @@
 mod bench;
 mod bench_codec;
 mod bench_gpu;
+mod bench_pages;
 mod config_file;
 mod dataplane;
 mod decode;

@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn pages_in_a_row_are_one_piece_and_every_second_page_is_one_run() {
         let mut list = CopyList::default();
-        (0..16).for_each(|page| list.push(Run::row(page * 32_768, 1 << 30 | page * 32_768, 32_768)));
+        (0..16).for_each(|page| list.push(Run::row(page * 32_768, (1 << 30) | (page * 32_768), 32_768)));
         assert_eq!((list.to.len(), list.bytes[0]), (1, 16 * 32_768));
         list.clear();
         (0..16).for_each(|page| list.push(Run::row(page * 65_536, page * 32_768, 32_768)));
