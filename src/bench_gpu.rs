@@ -4,6 +4,7 @@
 //! afterwards what lies in it.
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +22,8 @@ use gpu_dma::{
 };
 use hugepages::{Arena, ArenaConfig, PageChoice, Slot, Slots};
 use serde_json::{Value, json};
+
+use crate::bench_pages::Description;
 
 /// Layers of the cache that is copied to.
 const LAYERS: u16 = 32;
@@ -53,6 +56,15 @@ pub(crate) struct Flags {
     /// Pages to copy from: `auto`, or `base` for ordinary ones
     #[arg(long, value_name = "KIND", default_value = "auto")]
     pages: String,
+    /// Instead of measuring, deliver planes from memory to the GPU pages that this file describes, as `bench pages` takes it
+    #[arg(long, value_name = "FILE", requires = "delivered_gbps")]
+    into: Option<PathBuf>,
+    /// Gbit/s of decoded planes to deliver there
+    #[arg(long, value_name = "GBPS")]
+    delivered_gbps: Option<f64>,
+    /// For how long, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 2000)]
+    duration_ms: u64,
 }
 
 #[derive(Debug, Args)]
@@ -140,17 +152,69 @@ impl Drop for Holder {
     }
 }
 
-pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
-    let bytes = flags.memory_mib << 20;
-    let mut holder = Holder::start(flags.device, bytes)?;
-    let cuda = Arc::new(Cuda::open(|number| number == flags.device)?);
-    let driver: Arc<dyn Driver> = cuda.clone();
-    let slot_bytes = 512 << 10;
+/// Planes from slots to pages at a given rate: what the data plane does to a GPU, whatever feeds it.
+fn deliver_into(flags: &Flags, file: &Path, delivered_gbps: f64) -> anyhow::Result<ExitCode> {
+    let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    let Description { kv, table } =
+        serde_json::from_str(&text).with_context(|| file.display().to_string())?;
+    kv.check()?;
+    let chunk_pages = usize::from(CHUNK_TOKENS.div_ceil(kv.page_tokens));
+    anyhow::ensure!(table.iter().all(|&page| page < kv.pages), "the table names a page that there is not");
+    let tables: Vec<Arc<[u32]>> = table.chunks_exact(chunk_pages).map(Arc::from).collect();
+    anyhow::ensure!(!tables.is_empty(), "the table has no whole chunk");
+    let driver: Arc<dyn Driver> = Arc::new(Cuda::open(|number| number == flags.device)?);
+    let mut slots = boxed_slots(&driver, flags)?;
+    let memory = Arc::new(PagedMemory::open(&driver, kv)?);
+    let planes = u32::try_from(2 * memory.kv().layers.len())?;
+    let config = GpuSinkConfig {
+        streams: flags.copy_streams,
+        batch_pieces: flags.gpu_batch,
+        ..GpuSinkConfig::default()
+    };
+    let mut sink = GpuSink::new(driver, config, Arc::default())?;
+    let (mut offered, mut finished) = (Batch::new(), FinishedBatch::new());
+    let (mut number, mut bytes) = (0_u32, 0_u64);
+    let (begun, duration) = (Instant::now(), Duration::from_millis(flags.duration_ms));
+    while begun.elapsed() < duration || sink.in_flight() > 0 || !offered.is_empty() {
+        #[expect(clippy::cast_precision_loss, reason = "a pace, not a count")]
+        let behind = || bytes as f64 * 8.0 <= begun.elapsed().as_secs_f64() * delivered_gbps * 1e9;
+        if begun.elapsed() < duration
+            && !offered.is_full()
+            && behind()
+            && let Some(slot) = slots.pop()
+        {
+            let to = Destination::Pages {
+                memory: Arc::clone(&memory),
+                table: Arc::clone(&tables[(number / planes) as usize % tables.len()]),
+                first_token: 0,
+                tokens: CHUNK_TOKENS,
+            };
+            bytes += to.plane_bytes();
+            offered.push(Transfer { context: (), slot, to, plane: number % planes });
+            number = number.wrapping_add(1);
+        }
+        sink.submit(&mut offered);
+        sink.flush();
+        sink.poll(&mut finished);
+        for done in finished.drain(..) {
+            done.result?;
+            slots.push(done.slot);
+        }
+    }
+    let done = rate(bytes, begun.elapsed(), Duration::ZERO, 1);
+    println!("{}", json!({ "planes": number, "delivered_gbps": done.gbytes_per_s * 8.0 }));
+    Ok(ExitCode::SUCCESS)
+}
+
+const SLOT_BYTES: usize = 512 << 10;
+
+#[expect(clippy::vec_box, reason = "a transfer carries its slot in a box")]
+fn boxed_slots(driver: &Arc<dyn Driver>, flags: &Flags) -> anyhow::Result<Vec<Box<Slot>>> {
     let page = if flags.pages == "base" { PageChoice::Base } else { PageChoice::Auto };
-    let arena =
-        Arena::new(ArenaConfig { name: "slots", bytes: flags.slots * slot_bytes, page, numa_node: None })?;
-    let mut slots = Slots::new(gpu_dma::pin(&driver, arena)?, slot_bytes)?;
-    let slot_pages = slots.page_size().to_string();
+    let bytes = flags.slots * SLOT_BYTES;
+    let arena = Arena::new(ArenaConfig { name: "slots", bytes, page, numa_node: None })?;
+    let mut slots = Slots::new(gpu_dma::pin(driver, arena)?, SLOT_BYTES)?;
+    eprintln!("{} slots of {SLOT_BYTES} bytes in {}", slots.count(), slots.page_size());
     let mut slots: Vec<Box<Slot>> = slots.take().into_iter().map(Box::new).collect();
     for (number, slot) in slots.iter_mut().enumerate() {
         let mut state = number as u64 + 1;
@@ -159,6 +223,18 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
             word.copy_from_slice(&state.to_le_bytes());
         }
     }
+    Ok(slots)
+}
+
+pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
+    if let (Some(file), Some(rate)) = (&flags.into, flags.delivered_gbps) {
+        return deliver_into(flags, file, rate);
+    }
+    let bytes = flags.memory_mib << 20;
+    let mut holder = Holder::start(flags.device, bytes)?;
+    let cuda = Arc::new(Cuda::open(|number| number == flags.device)?);
+    let driver: Arc<dyn Driver> = cuda.clone();
+    let slots = boxed_slots(&driver, flags)?;
     let mut bench = Bench {
         driver,
         flags,
@@ -173,7 +249,6 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         "gpu": device.name,
         "driver_cuda": format!("{major}.{minor}"),
         "method": cuda.method(),
-        "slot_pages": slot_pages,
         "copy_streams": flags.copy_streams,
         "gpu_batch": flags.gpu_batch,
         "pages_32_kib": bench.pages(8)?,

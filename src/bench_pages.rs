@@ -46,10 +46,13 @@ pub(crate) struct Flags {
     namespace: NamespaceFlags,
 }
 
+/// GPU pages of another process.
 #[derive(Deserialize)]
-struct Description {
-    kv: PagedKv,
-    table: Vec<u32>,
+pub(crate) struct Description {
+    /// The cache.
+    pub(crate) kv: PagedKv,
+    /// Its pages, in the order of the tokens.
+    pub(crate) table: Vec<u32>,
 }
 
 /// What has been fetched.

@@ -41,6 +41,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         isolated_cores(),
         cpu_features(),
         cuda(),
+        gpudirect(),
     ];
     if flags.json {
         println!("{}", to_json(&findings));
@@ -186,6 +187,27 @@ fn cpu_features() -> Finding {
         grade: graded(features[..2].iter().all(|feature| feature.1)),
         found: format!("{} ({})", std::env::consts::ARCH, found.join(" ")),
         advice: "without vector and CRC instructions decoding is several times slower",
+    }
+}
+
+/// Whether packets could go straight into GPU memory. Nothing does so yet: what is reported is the half of it that can be
+/// tried without a port.
+fn gpudirect() -> Finding {
+    let found = match gpu_dma::cuda::Cuda::open(|number| number == 0) {
+        Ok(cuda) if gpu_dma::Driver::devices(&cuda).is_empty() => Err("no GPU".into()),
+        Ok(cuda) => cuda.probe_dma_buf(gpu_dma::DeviceIndex(0)),
+        Err(reason) => Err(reason.to_string()),
+    };
+    Finding {
+        name: "gpudirect",
+        grade: graded(found.is_ok()),
+        found: match found {
+            Ok(()) => {
+                "GPU memory can be exported as a dma-buf; this version receives into host memory".into()
+            }
+            Err(reason) => reason,
+        },
+        advice: "packets are received into host memory, and planes copied to the GPU, which needs none of this",
     }
 }
 

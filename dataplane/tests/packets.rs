@@ -1,6 +1,7 @@
 //! Hostile traffic between a store and the data plane: every packet is counted under its reason, nothing wrong is ever
 //! delivered, and what a fetch needs arrives all the same.
 
+#[allow(dead_code, reason = "each test binary uses its part")]
 mod lab;
 
 use std::time::{Duration, Instant};

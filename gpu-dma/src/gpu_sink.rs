@@ -284,6 +284,7 @@ impl<T> CopyBatch<T> {
             }
             Destination::Host { .. } => {}
         }
+        self.list.group();
         let (pieces, strided) = self.list.close();
         self.bytes += plane_bytes;
         self.opened.get_or_insert_with(Instant::now);

@@ -50,6 +50,7 @@ fn describe(device: u8, handle: [u8; 64]) -> PagedKv {
 struct Bench {
     fake: Arc<FakeDriver>,
     health: Arc<GpuHealth>,
+    #[expect(clippy::vec_box, reason = "a transfer carries its slot in a box")]
     slots: Vec<Box<Slot>>,
     // Dropped before `fake` is looked at by the tests: see `the_arena_is_unregistered_before_it_is_unmapped`.
     sink: Option<Sinks<u32>>,
@@ -106,7 +107,7 @@ impl Bench {
     }
 
     /// A plane full of one byte on its way to two pages.
-    fn to_pages(
+    fn page_transfer(
         &mut self,
         number: u32,
         memory: &Arc<PagedMemory>,
@@ -124,7 +125,7 @@ impl Bench {
         Transfer { context: number, slot, to, plane }
     }
 
-    fn to_ring(&mut self, number: u32, memory: &Arc<RingMemory>) -> Transfer<u32> {
+    fn ring_transfer(&mut self, number: u32, memory: &Arc<RingMemory>) -> Transfer<u32> {
         let mut slot = self.slots.pop().expect("a free slot");
         slot.as_mut_slice()[..PLANE_BYTES].fill(fill(number));
         let to = Destination::Ring { memory: Arc::clone(memory), fetch: 77, chunk: number, shape: SHAPE };
@@ -197,7 +198,7 @@ proptest! {
             }
             used.insert((device, plane, pair), number);
             let pages = [2 * pair + 1, 2 * pair];
-            let transfer = bench.to_pages(number, &caches[usize::from(device)].1, pages, plane);
+            let transfer = bench.page_transfer(number, &caches[usize::from(device)].1, pages, plane);
             offered.push(transfer);
             ended.extend(bench.turn(&mut offered));
         }
@@ -229,7 +230,7 @@ fn batches_of_one_stream_end_in_order_and_hold_their_slots_until_then() {
     let free = bench.slots.len();
     let mut offered = Batch::new();
     for number in 0..6 {
-        let transfer = bench.to_pages(number, &memory, [2 * number, 2 * number + 1], 0);
+        let transfer = bench.page_transfer(number, &memory, [2 * number, 2 * number + 1], 0);
         offered.push(transfer);
         assert_eq!(bench.turn(&mut offered), []);
     }
@@ -250,8 +251,8 @@ fn a_full_sink_takes_no_more_until_copies_end() {
     let (_, memory) = bench.pages(0);
     let mut offered = Batch::new();
     for number in 0..4 {
-        // Pages apart from each other are two pieces, which make a batch.
-        let transfer = bench.to_pages(number, &memory, [number, number + 6], 0);
+        // Pages in descending order are two pieces, which make a batch.
+        let transfer = bench.page_transfer(number, &memory, [number + 6, number], 0);
         offered.push(transfer);
     }
     let driver = bench.driver();
@@ -276,7 +277,7 @@ fn small_transfers_share_a_batch_while_another_is_under_way() {
     let (_, memory) = bench.pages(0);
     let mut offered = Batch::new();
     for number in 0..5 {
-        let transfer = bench.to_pages(number, &memory, [number, number + 6], 0);
+        let transfer = bench.page_transfer(number, &memory, [number + 6, number], 0);
         offered.push(transfer);
         bench.turn(&mut offered);
     }
@@ -293,7 +294,7 @@ fn one_client_s_refused_copy_fails_no_other() {
     let (handle, memory) = bench.pages(0);
     let mut offered = Batch::new();
     for number in 0..3 {
-        let transfer = bench.to_pages(number, &memory, [2 * number, 2 * number + 1], 0);
+        let transfer = bench.page_transfer(number, &memory, [2 * number, 2 * number + 1], 0);
         offered.push(transfer);
     }
     // The batch, and then the first of its transfers alone.
@@ -314,7 +315,7 @@ fn a_lost_gpu_fails_its_planes_and_no_other_gpu_s() {
     let mut offered = Batch::new();
     for number in 0..8 {
         let device = usize::from(number % 2 == 1);
-        let transfer = bench.to_pages(number, &caches[device].1, [number, number + 2], 0);
+        let transfer = bench.page_transfer(number, &caches[device].1, [number, number + 2], 0);
         offered.push(transfer);
         bench.turn(&mut offered);
     }
@@ -329,7 +330,7 @@ fn a_lost_gpu_fails_its_planes_and_no_other_gpu_s() {
     }
     assert_eq!((bench.health.lost(), bench.slots.len()), (Some(error), free));
     // What comes later fails too, and the slots come back.
-    let transfer = bench.to_pages(9, &caches[0].1, [0, 1], 0);
+    let transfer = bench.page_transfer(9, &caches[0].1, [0, 1], 0);
     offered.push(transfer);
     assert_eq!(bench.turns(&mut offered, 1), [(9, Err(SinkFault::Device(error)))]);
 }
@@ -339,7 +340,7 @@ fn an_event_that_cannot_be_recorded_is_a_lost_gpu() {
     let mut bench = Bench::new(1, Pace::ByHand, config());
     let (_, memory) = bench.pages(0);
     let mut offered = Batch::new();
-    let transfer = bench.to_pages(0, &memory, [0, 1], 0);
+    let transfer = bench.page_transfer(0, &memory, [0, 1], 0);
     offered.push(transfer);
     bench.fake.fail(Call::Record, 1);
     let fault = refused("cuEventRecord");
@@ -354,7 +355,7 @@ fn a_client_that_dies_in_mid_copy() {
     let mut bench = Bench::new(1, Pace::ByHand, config());
     let (handle, memory) = bench.pages(0);
     let mut offered = Batch::new();
-    let transfer = bench.to_pages(0, &memory, [3, 8], 1);
+    let transfer = bench.page_transfer(0, &memory, [3, 8], 1);
     offered.push(transfer);
     bench.turn(&mut offered);
     drop(memory);
@@ -364,7 +365,7 @@ fn a_client_that_dies_in_mid_copy() {
     assert_eq!(bench.fake.mapped(&handle), 0);
 
     let (handle, memory) = bench.pages(0);
-    let transfer = bench.to_pages(1, &memory, [3, 8], 1);
+    let transfer = bench.page_transfer(1, &memory, [3, 8], 1);
     offered.push(transfer);
     bench.turn(&mut offered);
     bench.fake.kill(&handle);
@@ -405,7 +406,7 @@ fn a_ring_is_taken_in_the_order_of_its_numbers() {
     let mut next = 0;
     for round in 0..100_000 {
         if next < 20 && !offered.is_full() {
-            let transfer = bench.to_ring(next, &memory);
+            let transfer = bench.ring_transfer(next, &memory);
             offered.push(transfer);
             next += 1;
         }
@@ -438,10 +439,10 @@ fn a_ring_that_nobody_empties_holds_up_nobody_else() {
     let (_, pages) = bench.pages(0);
     let mut offered = Batch::new();
     for number in 0..3 {
-        let transfer = bench.to_ring(number, &ring);
+        let transfer = bench.ring_transfer(number, &ring);
         offered.push(transfer);
     }
-    let transfer = bench.to_pages(3, &pages, [0, 1], 0);
+    let transfer = bench.page_transfer(3, &pages, [0, 1], 0);
     offered.push(transfer);
     let mut ended = bench.turns(&mut offered, 4);
     ended.sort_unstable_by_key(|end| end.0);
@@ -454,7 +455,7 @@ fn a_revoked_ring_takes_nothing_more() {
     let (_, ring, mut consumer) = bench.ring(2);
     consumer.revoke();
     let mut offered = Batch::new();
-    let transfer = bench.to_ring(0, &ring);
+    let transfer = bench.ring_transfer(0, &ring);
     offered.push(transfer);
     let revoked = GpuRingError::Revoked { registered: 9, found: 10 };
     assert_eq!(bench.turns(&mut offered, 1), [(0, Err(SinkFault::Ring(revoked)))]);
@@ -466,9 +467,9 @@ fn faults_come_back_with_the_slot() {
     let mut bench = Bench::new(1, Pace::AtOnce, config());
     let (_, memory) = bench.pages(0);
     let mut offered = Batch::new();
-    let transfer = bench.to_pages(0, &memory, [0, 1], 2);
+    let transfer = bench.page_transfer(0, &memory, [0, 1], 2);
     offered.push(transfer);
-    let mut transfer = bench.to_pages(1, &memory, [0, 1], 0);
+    let mut transfer = bench.page_transfer(1, &memory, [0, 1], 0);
     // Nine pages of 16 tokens are more than a slot of a page holds in these tests.
     transfer.to = Destination::Pages {
         memory: Arc::clone(&memory),
@@ -482,7 +483,7 @@ fn faults_come_back_with_the_slot() {
     let too_small = SinkFault::SlotTooSmall { slot_bytes: 4096, plane_bytes: 20 * PAGE_BYTES };
     assert_eq!(ended, [(0, Err(SinkFault::NoSuchPlane { plane: 2, planes: 2 })), (1, Err(too_small))]);
     // Without a GPU sink, GPU memory is no place to deliver to.
-    let transfer = bench.to_pages(2, &memory, [0, 1], 0);
+    let transfer = bench.page_transfer(2, &memory, [0, 1], 0);
     offered.push(transfer);
     let mut sink = Sinks::new(None);
     sink.submit(&mut offered);
@@ -496,7 +497,7 @@ fn the_arena_is_unregistered_before_it_is_unmapped_and_after_the_last_copy() {
     let mut bench = Bench::new(1, Pace::ByHand, config());
     let (handle, memory) = bench.pages(0);
     let mut offered = Batch::new();
-    let transfer = bench.to_pages(0, &memory, [0, 1], 0);
+    let transfer = bench.page_transfer(0, &memory, [0, 1], 0);
     offered.push(transfer);
     bench.turn(&mut offered);
     let fake = Arc::clone(&bench.fake);
@@ -515,4 +516,21 @@ fn an_arena_that_cannot_be_registered_is_not_used() {
     let driver: Arc<dyn Driver> = fake.clone();
     assert_eq!(pin(&driver, arena(4096)).unwrap_err(), refused("cuMemHostRegister"));
     assert_eq!(fake.registered(), 0);
+}
+
+/// Short pages in ascending order go as one strided copy: the driver would have the CPU copy them one by one.
+#[test]
+fn short_pieces_that_are_evenly_spaced_are_one_copy() {
+    let mut bench = Bench::new(1, Pace::AtOnce, config());
+    let (handle, memory) = bench.pages(0);
+    let mut offered = Batch::new();
+    let transfer = bench.page_transfer(4, &memory, [2, 9], 1);
+    offered.push(transfer);
+    assert_eq!(bench.turns(&mut offered, 1), [(4, Ok(()))]);
+    assert_eq!(
+        bench.fake.copied().iter().map(|run| (run.rows, run.bytes)).collect::<Vec<_>>(),
+        [(2, PAGE_BYTES)]
+    );
+    let contents = bench.fake.contents(&handle);
+    assert!([2, 9].iter().all(|&at| page(&contents, 1, at).iter().all(|&byte| byte == fill(4))));
 }

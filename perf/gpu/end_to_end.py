@@ -17,14 +17,13 @@ from safetensors.torch import load_file
 
 
 def placements(counts, cpus):
-    """One queue, and two where one would be the limit; store, rx and dma on CPUs of their own."""
+    """As many queues as CPUs are left for, 1 to 4; every lcore on a CPU of its own, and one CPU for all else."""
     for count in counts:
-        if 3 + count <= cpus:
-            yield count, 1, "0", f"rx@1,dma@2,decode@3-{2 + count}"
-    for count in counts:
-        if count >= 8:
-            count = min(count, cpus - 5)
-            yield count, 2, "0+1", f"rx@2-3,dma@4,decode@5-{4 + count}"
+        for queues in (1, 2, 3, 4):
+            if (queues == 1 or count >= 2 * queues) and 2 * queues + 1 + count <= cpus - (queues > 1):
+                first = 2 * queues
+                rx = f"{queues}-{first - 1}" if queues > 1 else "1"
+                yield count, queues, "+".join(map(str, range(queues))), f"rx@{rx},dma@{first},decode@{first + 1}-{first + count}"
 
 
 def limit(report):

@@ -4,9 +4,14 @@
 `interference.py [--rates 10,20,40,100] [--steps N] [--chunks N] [--folder DIR] [--plot FILE.png]`; one JSON object on standard output.
 
 The step is that of Llama-3.1-8B at batch 32: every weight read once by a matrix product with 32 rows (16 GB), and an attention-like
-read of 30 GB of K and V, in one CUDA graph. Beside it run, in turn: nothing; our data plane, at each rate of encoded bits; and
-decompression on the GPU at the same delivered rate. The latter copies the encoded bytes to the GPU and runs a Triton kernel that makes bf16
-out of 4-bit codes and scatters it to pages, on a stream of low priority. It undoes no entropy coding, so a real one costs more.
+read of 30 GB of K and V, in one CUDA graph. Beside it run, in turn:
+
+- nothing;
+- store and data plane over memif, at full speed (`end_to_end`): 16 CPUs do not reach every rate;
+- the data plane's sink alone, fed from memory (`shadowserve bench gpu --into`), at the delivered rate that belongs to each rate of encoded bits:
+  what the GPU has to bear is the same, whatever feeds the sink;
+- decompression on the GPU at the same delivered rate: it copies the encoded bytes to the GPU and runs a Triton kernel that makes bf16 out of
+  4-bit codes and scatters it to pages, on another stream. It undoes no entropy coding, so a real one costs more.
 """
 import argparse
 import json
@@ -88,7 +93,7 @@ def scatter(codes, scales, pages, table, plane_bytes, ELEMENTS: tl.constexpr, BL
 class OnGpu:
     """Decompression on the GPU at a delivered rate."""
 
-    PLANES, ELEMENTS = 16, 256 * 8 * 128
+    PLANES, ELEMENTS = 64, 256 * 8 * 128
 
     def __init__(self, encoded_bytes_per_plane):
         self.codes_host = torch.randint(0, 255, (self.PLANES, self.ELEMENTS // 2), dtype=torch.uint8).pin_memory()
@@ -138,7 +143,8 @@ def main():
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--kv-gbytes", type=float, default=30)
-    parser.add_argument("--lcores", default="rx@1,dma@2,decode@3-14")
+    parser.add_argument("--lcores", default="rx@2-3,dma@4,decode@5-14")
+    parser.add_argument("--store-lcores", default="0+1")
     parser.add_argument("--folder", default="/dev/shm")
     parser.add_argument("--plot")
     options = parser.parse_args()
@@ -153,24 +159,34 @@ def main():
     def alone():
         return summary(step.times(options.steps))
 
-    with cluster(file, options.lcores, slots=48, mbufs=32768, window=4096) as running, \
-            tempfile.TemporaryDirectory() as folder:
-        running.ready()
+    with tempfile.TemporaryDirectory() as folder:
         pages = pathlib.Path(folder) / "pages.json"
         pages.write_text(json.dumps({"kv": cache.describe(Cuda()), "table": table}))
+
+        def beside(command, seconds):
+            """Step times while a command runs, and what the command reports."""
+            process = subprocess.Popen([BINARY, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            time.sleep(0.7)
+            times = summary(step.times(options.steps))
+            said = process.communicate(timeout=60)
+            if process.returncode:
+                raise SystemExit(f"{command}: {said[1][-1000:]}")
+            return times, json.loads(said[0])
+
+        before = alone()
+        duration_ms = int(1000 + options.steps * before["p50_ms"] * 1.3)
+        with cluster(file, options.lcores, options.store_lcores, slots=48, mbufs=32768, window=4096) as running:
+            ratio = running.ready()["ratio"]
+            ours, report = beside(["bench", "pages", "--pages", pages, "--tokens-from", file, "--chunks", 1, "--fetches", 4,
+                                   "--duration-ms", duration_ms, "--socket", running.socket], duration_ms / 1000)
+        end_to_end = {"encoded_gbps": report["encoded_gbps"], "delivered_gbps": report["delivered_gbps"], "alone": before,
+                      "ours": ours, "ours_over_alone_p50": ours["p50_ms"] / before["p50_ms"]}
         for rate in [float(rate) for rate in options.rates.split(",")]:
             before = alone()
-            seconds = 1 + options.steps * before["p50_ms"] / 1000
-            client = subprocess.Popen(
-                [BINARY, "bench", "pages", "--pages", str(pages), "--tokens-from", str(file), "--chunks", "1", "--fetches", "4",
-                 "--rate-gbps", str(rate), "--duration-ms", str(int(seconds * 1400)), "--socket", str(running.socket)],
-                stdout=subprocess.PIPE, text=True)
-            time.sleep(0.5)
-            ours = summary(step.times(options.steps))
-            report = json.loads(client.communicate(timeout=60)[0])
+            ours, report = beside(["bench", "gpu", "--into", pages, "--delivered-gbps", rate * ratio, "--duration-ms", duration_ms],
+                                  duration_ms / 1000)
             between = alone()
-            per_plane = report["encoded_gbps"] / report["delivered_gbps"] * OnGpu.ELEMENTS * 2
-            baseline = OnGpu(per_plane)
+            baseline = OnGpu(OnGpu.ELEMENTS * 2 / ratio)
             thread = threading.Thread(target=baseline.run, args=(report["delivered_gbps"],))
             thread.start()
             time.sleep(0.2)
@@ -178,20 +194,21 @@ def main():
             baseline.stop = True
             thread.join()
             after = alone()
-            base = statistics.median([before["p50_ms"], between["p50_ms"], after["p50_ms"]])
+            base = {part: statistics.median(run[part] for run in (before, between, after)) for part in ("p50_ms", "p99_ms")}
             results.append({
-                "asked_gbps": rate, "encoded_gbps": report["encoded_gbps"], "delivered_gbps": report["delivered_gbps"],
-                "alone": [before, between, after], "ours": ours, "on_gpu": on_gpu,
-                "on_gpu_delivered_gbps": baseline.delivered_gbps,
-                "ours_over_alone_p50": ours["p50_ms"] / base, "on_gpu_over_alone_p50": on_gpu["p50_ms"] / base,
+                "encoded_gbps": rate, "delivered_gbps": report["delivered_gbps"], "alone": [before, between, after], "ours": ours,
+                "on_gpu": on_gpu, "on_gpu_delivered_gbps": baseline.delivered_gbps,
+                **{f"{name}_over_alone_{part[:3]}": run[part] / base[part]
+                   for name, run in (("ours", ours), ("on_gpu", on_gpu)) for part in ("p50_ms", "p99_ms")},
             })
             row = results[-1]
-            print(f"{rate:5.0f} asked, {row['encoded_gbps']:6.1f} encoded, {row['delivered_gbps']:6.1f} delivered: alone {base:.2f} ms, "
+            print(f"{rate:5.0f} encoded, {row['delivered_gbps']:6.1f} delivered: alone {base['p50_ms']:.2f} ms, "
                   f"ours {ours['p50_ms']:.2f} ({row['ours_over_alone_p50']:.3f}), on GPU {on_gpu['p50_ms']:.2f} "
                   f"({row['on_gpu_over_alone_p50']:.3f} at {baseline.delivered_gbps:.0f} delivered)", file=sys.stderr, flush=True)
     if options.plot:
         draw(results, options.plot)
-    print(json.dumps({"machine": machine(), "step": {"weights_gbytes": 16, "kv_gbytes": options.kv_gbytes}, "rates": results}))
+    print(json.dumps({"machine": machine(), "step": {"weights_gbytes": 16, "kv_gbytes": options.kv_gbytes},
+                      "end_to_end": end_to_end, "rates": results}))
 
 
 def draw(results, path):

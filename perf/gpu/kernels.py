@@ -60,7 +60,7 @@ def main():
             running.stop()
         found = {name: json.loads(path.read_text()) for name, path in counts.items()}
     ok = found["data_plane"]["kernels"] == 0 and found["data_plane"]["launch_calls"] == 0 \
-        and found["control"]["kernels"] >= 10 and found["data_plane"]["copies"] > 0
+        and found["control"]["kernels"] >= 10 and found["data_plane"]["copy_calls"] > 0
     print(json.dumps({"machine": machine(), "ok": ok, "planes": report["planes"], **found}))
     raise SystemExit(0 if ok else 1)
 

@@ -15,11 +15,16 @@ from lib import BINARY, ROOT, cluster, compose, machine, tokens_of
 
 
 class Holder:
+    """A process with GPU memory; several are started at once and then waited for."""
+
     def __init__(self, folder, name, shape):
         self.file = pathlib.Path(folder) / f"{name}.json"
         command = [sys.executable, str(ROOT / "perf/gpu/holder.py"), str(self.file), "--shape", ",".join(map(str, shape))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout.readline().strip() == "ready"
+
+    def ready(self):
+        assert self.process.stdout.readline().strip() == "ready", "the process that holds GPU memory ended"
+        return self
 
     def equal(self, reference):
         self.process.stdin.write(f"{reference}\n")
@@ -47,14 +52,15 @@ def main():
 
         def start(holder):
             return subprocess.Popen([BINARY, "bench", "pages", "--pages", str(holder.file), "--tokens-from", str(file),
-                                     "--duration-ms", "4000", "--chunks", "1", "--fetches", "4",
+                                     "--duration-ms", "2500", "--chunks", "1", "--fetches", "4",
                                      "--socket", str(running.socket)],
                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
         for victims in (["memory"], ["client"], ["memory", "client"], ["client", "memory"]):
-            bystander, victim = Holder(folder, "bystander", shape), Holder(folder, "victim", shape)
+            holders = [Holder(folder, name, shape) for name in ("bystander", "victim", "fresh")]
+            bystander, victim, fresh = [holder.ready() for holder in holders]
             other, client = start(bystander), start(victim)
-            time.sleep(1.5)
+            time.sleep(1)
             for name in victims:
                 if name == "memory":
                     victim.kill()
@@ -63,15 +69,15 @@ def main():
             client_said = client.communicate(timeout=30)[1][-300:]
             other_said = other.communicate(timeout=30)
             running.check()
-            fresh = Holder(folder, "fresh", shape)
             running.run("bench", "pages", "--pages", fresh.file, "--tokens-from", file)
             results.append({
                 "killed": victims, "client_said": client_said, "client_code": client.returncode,
                 "bystander_went_on": other.returncode == 0, "bystander_said": other_said[1][-300:],
                 "fresh_equal": fresh.equal(reference), "bystander_equal": bystander.equal(reference),
             })
-            for holder in (bystander, victim, fresh):
+            for holder in holders:
                 holder.kill()
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
         code = running.stop()
     ok = code == 0 and all(r["bystander_went_on"] and r["fresh_equal"] and r["bystander_equal"] for r in results)
     print(json.dumps({"machine": machine(), "ok": ok, "data_plane_exit": code, "cases": results}))

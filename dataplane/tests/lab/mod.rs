@@ -79,7 +79,7 @@ fn first_cpu() -> usize {
     (0..rustix::thread::CpuSet::MAX_CPU).find(|&cpu| set.is_set(cpu)).unwrap()
 }
 
-fn config(device: String, socket: PathBuf) -> dataplane::Config {
+fn config(device: String, socket: PathBuf, gpu: dataplane::GpuConfig) -> dataplane::Config {
     let cpu = first_cpu();
     dataplane::Config {
         iface: iface::IfaceConfig {
@@ -114,13 +114,17 @@ fn config(device: String, socket: PathBuf) -> dataplane::Config {
         max_layers: 16,
         rto_min: Duration::from_millis(4),
         idle_sleep: Duration::from_micros(20),
-        gpu: dataplane::GpuConfig::default(),
+        gpu,
         save: dataplane::SaveConfig::NONE,
     }
 }
 
 impl Lab {
     pub(crate) fn start() -> Self {
+        Self::start_with(dataplane::GpuConfig::default())
+    }
+
+    pub(crate) fn start_with(gpu: dataplane::GpuConfig) -> Self {
         let eal = Arc::new(
             Eal::start(&EalConfig {
                 lcores: vec![first_cpu()],
@@ -134,7 +138,7 @@ impl Lab {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("control.sock");
         let (ours, theirs) = Port::ring_pair_with(&eal, "lab", 1, 2048).unwrap();
-        let config = config(theirs, socket.clone());
+        let config = config(theirs, socket.clone(), gpu);
         let stop = Arc::new(AtomicBool::new(false));
         let thread = {
             let (eal, stop) = (Arc::clone(&eal), Arc::clone(&stop));
@@ -249,6 +253,38 @@ impl Lab {
         for (fates, count) in sums.fates {
             *self.totals.entry(fates).or_default() += count;
         }
+    }
+
+    /// Where clients connect.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self._folder.path().join("control.sock")
+    }
+
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// A store without memory of earlier rounds, for fetches that a test starts itself.
+    pub(crate) fn fresh_store(&mut self) {
+        self.ledger.begin(&[]);
+        self.serve = ServeEngine::new(ServeConfig { epoch: self.epoch, ..ServeConfig::default() });
+    }
+
+    /// Serves the store's side, once.
+    pub(crate) fn serve(&mut self, round: &mut Round<'_>, random: &mut Random) {
+        if !self.step(round, random) {
+            std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    /// Waits for the data plane, which is to end by itself.
+    pub(crate) fn end(self) -> Result<(), dataplane::RunError> {
+        let Self { wire, client, region, thread, eal, .. } = self;
+        drop((region, client));
+        let ended = thread.join().expect("the data plane does not panic");
+        drop(wire);
+        drop(eal);
+        ended
     }
 
     fn fetch(&mut self, round: &mut Round<'_>, random: &mut Random) -> FetchReport {
