@@ -99,7 +99,7 @@ fn expected(kv: &PagedKv, library: &Library) -> Vec<u8> {
     for (planes, &tokens) in library.planes.iter().zip(&CHUNK_TOKENS) {
         for (plane, bytes) in planes.iter().enumerate() {
             let layer = &kv.layers[plane / 2];
-            let (base, strides) = if plane % 2 == 0 { (layer.k, kv.k) } else { (layer.v, kv.v) };
+            let (base, strides) = if plane.is_multiple_of(2) { (layer.k, kv.k) } else { (layer.v, kv.v) };
             for (row, vector) in bytes.chunks_exact(head_bytes).enumerate() {
                 let heads = usize::from(SHAPE.kv_heads);
                 let (token, head) = (first + row / heads, row % heads);

@@ -118,7 +118,7 @@ fn places(pages: u32, page_tokens: u16, most: u64) -> impl Strategy<Value = (Vec
 /// of `PageStrides`, and nothing else.
 fn twin(kv: &PagedKv, plane: u32, table: &[u32], first: u64, tokens: u16) -> BTreeMap<u64, u64> {
     let layer = &kv.layers[plane as usize / 2];
-    let (base, strides) = if plane % 2 == 0 { (layer.k, kv.k) } else { (layer.v, kv.v) };
+    let (base, strides) = if plane.is_multiple_of(2) { (layer.k, kv.k) } else { (layer.v, kv.v) };
     let mut map = BTreeMap::new();
     let mut from = 0;
     for token in 0..u64::from(tokens) {
