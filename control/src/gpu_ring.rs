@@ -296,7 +296,13 @@ mod tests {
 
     fn descriptor(n: u64) -> RingDescriptor {
         let small = u32::try_from(n % 1000).unwrap();
-        RingDescriptor { fetch: n, chunk: small, plane: small * 2, bytes: small, delivered: n % 3 != 0 }
+        RingDescriptor {
+            fetch: n,
+            chunk: small,
+            plane: small * 2,
+            bytes: small,
+            delivered: !n.is_multiple_of(3),
+        }
     }
 
     proptest! {
