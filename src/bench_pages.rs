@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 use client::{ChunkPlace, Client, ClientConfig, Fetch, Outcome, PagedKv, PagesRequest};
-use compress::Codec;
+use compress::{Codec, PlaneCodec};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use store::kv_file;
@@ -70,7 +70,10 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let Description { kv, table } =
         serde_json::from_str(&text).with_context(|| flags.pages.display().to_string())?;
     let tokens = kv_file::read_tokens(&flags.tokens_from)?;
-    let client = Client::connect(&flags.socket, &ClientConfig::new(flags.namespace.namespace(flags.codec)))?;
+    let client = Client::connect(
+        &flags.socket,
+        &ClientConfig::new(flags.namespace.namespace(&PlaneCodec::from(flags.codec).into())),
+    )?;
     let prefix = client.lookup(&tokens, Duration::from_secs(10))?;
     anyhow::ensure!(prefix.is_whole(), "{} of {} tokens are stored", prefix.tokens, tokens.len());
     let cache = client.register_pages(kv)?;
