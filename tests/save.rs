@@ -140,7 +140,7 @@ fn a_full_store_evicts_and_one_full_of_pinned_chunks_says_so() {
     cluster.wait_for_store(&client, &saver.tokens(0));
     // Three chunks of int4 leave less than one of int8 takes.
     let saver = Saver { codec: ClientCodec::Int8, ..saver };
-    for number in 0..8 {
+    for number in 1..9 {
         let report = saver.save(number, PATIENCE);
         assert_eq!((report.outcome, report.not_saved.len()), (Outcome::Failed, 1));
         assert_eq!(report.not_saved[0].reason, NotSavedReason::StoreFull);
