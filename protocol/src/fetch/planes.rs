@@ -28,7 +28,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let mut next = self.jobs[job.at()].to_start.front();
         while let Some(chunk) = next {
             next = List::behind(&self.chunk_links, chunk);
-            let store = self.stores[usize::from(self.chunks[chunk.at()].store.0)];
+            let store = &self.stores[usize::from(self.chunks[chunk.at()].store.0)];
             if store.room(self.now, cap, self.link.pull()) == 0 {
                 continue;
             }
