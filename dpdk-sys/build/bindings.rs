@@ -8,6 +8,7 @@ const FUNCTIONS: &[&str] = &[
     "rte_(version|strerror|eal_.*|dev_.*|lcore_.*|get_main_lcore|get_next_lcore|socket_.*|log_.*|openlog_stream)",
     "rte_(get_tsc_hz|delay_us_block|malloc_.*|free|mem_.*)",
     "rte_(mempool|pktmbuf|mbuf|ring)_.*",
+    "rte_extmem_(un)?register",
     "rte_eth_.*",
     "rte_compressdev_.*|rte_comp_.*",
 ];
@@ -15,6 +16,8 @@ const FUNCTIONS: &[&str] = &[
 const TYPES: &[&str] = &[
     "shim_.*",
     "rte_mbuf",
+    "rte_mbuf_ext_shared_info",
+    "rte_iova_mode",
     "rte_mempool",
     "rte_ring",
     "rte_eth_.*",
@@ -28,6 +31,7 @@ const VARIABLES: &[&str] = &[
     "RTE_(VERSION|MAX_LCORE|PKTMBUF_HEADROOM|MEMPOOL_CACHE_MAX_SIZE|MBUF_MAX_NB_SEGS|LOG_.*)",
     "RTE_ETH(ER)?_.*",
     "RTE_MBUF_F_.*",
+    "RTE_IOVA_.*",
     "RTE_COMP(DEV)?_.*",
     "RING_F_.*",
     "SOCKET_ID_ANY|LCORE_ID_ANY",

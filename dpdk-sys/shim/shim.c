@@ -92,6 +92,27 @@ void shim_mbuf_free(struct rte_mbuf *mbuf) { rte_pktmbuf_free(mbuf); }
 int shim_mbuf_chain(struct rte_mbuf *head, struct rte_mbuf *tail) { return rte_pktmbuf_chain(head, tail); }
 uint16_t shim_pool_data_room(struct rte_mempool *pool) { return rte_pktmbuf_data_room_size(pool); }
 
+static void count_detached(void *start, void *detached)
+{
+	(void)start;
+	__atomic_add_fetch((uint64_t *)detached, 1, __ATOMIC_RELEASE);
+}
+
+struct rte_mbuf *shim_external_attach(struct rte_mempool *pool, void *start, rte_iova_t iova, uint16_t length, uint64_t *detached)
+{
+	struct rte_mbuf *mbuf = rte_pktmbuf_alloc(pool);
+	if (mbuf == NULL)
+		return NULL;
+	struct rte_mbuf_ext_shared_info *count = rte_mbuf_to_priv(mbuf);
+	count->free_cb = count_detached;
+	count->fcb_opaque = detached;
+	rte_mbuf_ext_refcnt_set(count, 1);
+	rte_pktmbuf_attach_extbuf(mbuf, start, iova, length, count);
+	mbuf->data_len = length;
+	mbuf->pkt_len = length;
+	return mbuf;
+}
+
 unsigned int shim_ring_enqueue_burst(struct rte_ring *ring, void *const *items, unsigned int n)
 {
 	return rte_ring_enqueue_burst(ring, items, n, NULL);

@@ -67,6 +67,9 @@ int shim_mbuf_alloc_bulk(struct rte_mempool *pool, struct rte_mbuf **mbufs, unsi
 void shim_mbuf_free(struct rte_mbuf *mbuf);
 int shim_mbuf_chain(struct rte_mbuf *head, struct rte_mbuf *tail);
 uint16_t shim_pool_data_room(struct rte_mempool *pool);
+/* An mbuf of a pool without buffers and with a struct rte_mbuf_ext_shared_info of private area each, that is `length` bytes of external memory.
+ * Adds 1 to `detached` when it is freed. NULL when the pool is empty. */
+struct rte_mbuf *shim_external_attach(struct rte_mempool *pool, void *start, rte_iova_t iova, uint16_t length, uint64_t *detached);
 
 unsigned int shim_ring_enqueue_burst(struct rte_ring *ring, void *const *items, unsigned int n);
 unsigned int shim_ring_dequeue_burst(struct rte_ring *ring, void **items, unsigned int n);

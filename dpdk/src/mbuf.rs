@@ -64,6 +64,12 @@ fn bytes_of<'a>(raw: NonNull<rte_mbuf>) -> &'a [u8] {
     unsafe { std::slice::from_raw_parts(start.add(offset), length) }
 }
 
+/// Whether the buffer is memory that others read too: it must not be written to.
+#[inline]
+fn is_external(raw: NonNull<rte_mbuf>) -> bool {
+    field!(raw, SHIM_MBUF_OL_FLAGS as u64) & dpdk_sys::RTE_MBUF_F_EXTERNAL != 0
+}
+
 impl Mbuf {
     /// Takes over an mbuf.
     ///
@@ -95,11 +101,11 @@ impl Mbuf {
         bytes_of(self.raw)
     }
 
-    /// The same, to be changed.
+    /// The same, to be changed; empty if the bytes are not the mbuf's own ([`crate::Attacher`]).
     #[inline]
     #[must_use]
     pub fn data_mut(&mut self) -> &mut [u8] {
-        let data = bytes_of(self.raw);
+        let data = if is_external(self.raw) { &[] } else { bytes_of(self.raw) };
         // SAFETY: the mbuf is borrowed exclusively and its buffer belongs to it alone.
         unsafe { std::slice::from_raw_parts_mut(data.as_ptr().cast_mut(), data.len()) }
     }
@@ -129,6 +135,9 @@ impl Mbuf {
     #[inline]
     #[must_use]
     pub fn headroom(&self) -> usize {
+        if is_external(self.raw) {
+            return 0;
+        }
         usize::from(field!(self.raw, SHIM_MBUF_DATA_OFF as u16))
     }
 
@@ -137,6 +146,9 @@ impl Mbuf {
     #[must_use]
     pub fn tailroom(&self) -> usize {
         let last = self.last();
+        if is_external(last) {
+            return 0;
+        }
         let used = usize::from(field!(last, SHIM_MBUF_DATA_OFF as u16))
             + usize::from(field!(last, SHIM_MBUF_DATA_LEN as u16));
         usize::from(field!(last, SHIM_MBUF_BUF_LEN as u16)).saturating_sub(used)
@@ -159,7 +171,7 @@ impl Mbuf {
     #[inline]
     pub fn prepend(&mut self, n: usize) -> Option<&mut [u8]> {
         let offset = field!(self.raw, SHIM_MBUF_DATA_OFF as u16);
-        let added = u16::try_from(n).ok().filter(|&added| added <= offset)?;
+        let added = u16::try_from(n).ok().filter(|&added| added <= offset && !is_external(self.raw))?;
         let length = field!(self.raw, SHIM_MBUF_DATA_LEN as u16).checked_add(added)?;
         field!(self.raw, SHIM_MBUF_DATA_OFF as u16 = offset - added);
         field!(self.raw, SHIM_MBUF_DATA_LEN as u16 = length);

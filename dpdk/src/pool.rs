@@ -87,6 +87,16 @@ unsafe impl Sync for PoolInner {}
 /// Bytes of an mbuf's header and of the mempool's own header and trailer around it.
 const MBUF_OVERHEAD_BYTES: u64 = 128 + 64;
 
+/// What `shim_external_attach` keeps in an mbuf's private area, rounded up to its alignment.
+const EXTERNAL_COUNT_BYTES: u16 = {
+    let bytes = size_of::<dpdk_sys::rte_mbuf_ext_shared_info>().next_multiple_of(8);
+    assert!(bytes <= 64, "a few words");
+    #[expect(clippy::cast_possible_truncation, reason = "asserted above")]
+    {
+        bytes as u16
+    }
+};
+
 impl Pool {
     /// Makes a pool; its memory is allocated now.
     ///
@@ -94,6 +104,18 @@ impl Pool {
     /// See [`PoolError`].
     pub fn new(eal: &Eal, name: &str, config: PoolConfig) -> Result<Self, PoolError> {
         check(name, &config)?;
+        Self::create(eal, name, config, 0)
+    }
+
+    /// A pool of mbufs that have no buffers, but room for the reference count of an external one.
+    pub(crate) fn without_buffers(eal: &Eal, name: &str, mbufs: u32) -> Result<Self, PoolError> {
+        let cache = (mbufs / 2).min(256);
+        let config = PoolConfig { mbufs, cache, data_room_bytes: 0, numa_node: None };
+        check(name, &PoolConfig { data_room_bytes: u16::MAX, ..config })?;
+        Self::create(eal, name, config, EXTERNAL_COUNT_BYTES)
+    }
+
+    fn create(eal: &Eal, name: &str, config: PoolConfig, private_bytes: u16) -> Result<Self, PoolError> {
         let c_name = CString::new(name).map_err(|_| PoolError::BadName(name.to_owned()))?;
         let node =
             config.numa_node.map_or(dpdk_sys::SOCKET_ID_ANY, |node| i32::try_from(node).unwrap_or(i32::MAX));
@@ -103,7 +125,7 @@ impl Pool {
                 c_name.as_ptr(),
                 config.mbufs,
                 config.cache,
-                0,
+                private_bytes,
                 config.data_room_bytes,
                 node,
             )

@@ -150,6 +150,10 @@ impl Port {
         crate::ring_ports::make(eal.inner(), name, queues, entries)
     }
 
+    pub(crate) fn inner(&self) -> &Arc<PortInner> {
+        &self.inner
+    }
+
     /// The port's Ethernet address.
     #[must_use]
     pub fn mac(&self) -> [u8; 6] {
@@ -240,6 +244,16 @@ impl PortInner {
         self.id
     }
 
+    pub(crate) fn device(&self) -> *mut dpdk_sys::rte_device {
+        self.device
+    }
+
+    /// Whether it is no hardware.
+    pub(crate) fn is_virtual(&self) -> bool {
+        // SAFETY: the device exists, and the name of its bus is a constant string.
+        unsafe { CStr::from_ptr(dpdk_sys::shim_device_bus(self.device)) }.to_bytes() == b"vdev"
+    }
+
     pub(crate) fn is_memif(&self) -> bool {
         self.driver == memif::DRIVER
     }
@@ -287,9 +301,9 @@ impl Drop for PortInner {
         if self.started && self.driver == "net_ring" && self._rings.is_none() {
             self.drain();
         }
-        // SAFETY: the port exists, its queues' handles are gone, so no other thread uses it. The name of its bus is a constant string.
+        // SAFETY: the port exists, its queues' handles are gone, so no other thread uses it.
         unsafe {
-            let is_virtual = CStr::from_ptr(dpdk_sys::shim_device_bus(self.device)).to_bytes() == b"vdev";
+            let is_virtual = self.is_virtual();
             if self.is_memif() {
                 dpdk_sys::shim_memif_close(self.id);
             } else {
