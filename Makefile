@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-PACKAGES := build-essential pkg-config libclang-dev libdpdk-dev dpdk python3 python3-venv
+PACKAGES := build-essential pkg-config libclang-dev libdpdk-dev dpdk-dev iproute2 python3 python3-venv
 # Where the Python module is built and tested.
 VENV := target/python
 # Memory that `make demo` reserves as hugepages when it may, in MiB.

@@ -2,7 +2,7 @@
 """The measurements of `make bench`, side by side in one run: rounds of A, then B, then A again.
 
 Prints a table and, with --json, one JSON object; writes that object to perf/results/ too. docs/BENCHMARKS.md says what
-each figure means. Needs only the standard library, the built program and dpdk-testpmd (Debian's package dpdk).
+each figure means. Needs only the standard library, the built program and dpdk-testpmd (Debian's package dpdk-dev).
 """
 import argparse
 import json

@@ -16,6 +16,7 @@ use protocol::ChunkShape;
 use protocol::key::chain;
 use store::kv_file::KvFile;
 
+use crate::bench_tx::{self, TxFlags};
 use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
 use crate::flags::{EalFlags, NamespaceFlags, PortFlags};
 use crate::{bench_codec, bench_gpu, bench_pages};
@@ -24,6 +25,8 @@ use crate::{bench_codec, bench_gpu, bench_pages};
 pub(crate) enum Command {
     /// The data plane's receive path: everything up to whole planes, which are then thrown away
     Rx(Box<RxFlags>),
+    /// The store's send path: segments copied into packets beside segments sent from where they lie
+    Tx(TxFlags),
     /// Copies into GPU memory by the sinks, beside bare copies of the same pieces
     Gpu(bench_gpu::Flags),
     /// Fetches into GPU pages that another process describes
@@ -63,6 +66,7 @@ pub(crate) struct RxFlags {
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Rx(flags) => rx(flags),
+        Command::Tx(flags) => bench_tx::run(flags),
         Command::Gpu(flags) => bench_gpu::run(flags),
         Command::Pages(flags) => bench_pages::run(flags),
         Command::GpuHolder(flags) => bench_gpu::hold(flags),

@@ -392,6 +392,7 @@ impl OneProcess {
             iface: iface(store_port, STORE_IP, STORE_UDP_PORT)?,
             first_worker: first_store_worker,
             idle_sleep,
+            zero_copy: store::ZeroCopy::Auto,
             accept: AcceptConfig::default(),
         };
         let mut keeper = Keeper::load(&LoadConfig {

@@ -4,12 +4,14 @@ mod bench;
 mod bench_codec;
 mod bench_gpu;
 mod bench_pages;
+mod bench_tx;
 mod config_file;
 mod dataplane;
 mod decode;
 mod demo;
 mod doctor;
 mod encode;
+mod fault_proxy;
 mod fetch;
 mod flags;
 mod gpu_flags;
@@ -52,6 +54,9 @@ enum Command {
     /// Measure one part alone, beside other programs; `make bench` runs all of it
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Stand between two ports and lose, repeat, damage, reorder and delay packets: for tests
+    #[command(hide = true)]
+    FaultProxy(fault_proxy::Flags),
 }
 
 fn main() -> ExitCode {
@@ -78,6 +83,7 @@ fn run() -> anyhow::Result<ExitCode> {
         Command::Decode(flags) => decode::run(&flags),
         Command::Doctor(flags) => doctor::run(&flags),
         Command::Bench(command) => bench::run(&command),
+        Command::FaultProxy(flags) => fault_proxy::run(&flags),
     }
 }
 

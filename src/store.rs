@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use dpdk::Eal;
 use protocol::put::AcceptConfig;
+use store::ZeroCopy;
 use store::keeper::Keeper;
 use store::load::{LoadConfig, Share};
 
@@ -45,6 +46,9 @@ pub(crate) struct Flags {
     /// How many of --stores keep each chunk
     #[arg(long, value_name = "COUNT", default_value_t = 1, requires = "stores")]
     replicas: usize,
+    /// Whether segments are sent from where they lie (on), copied into packets (off), or as the port allows (auto)
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = zero_copy)]
+    zero_copy: ZeroCopy,
     /// CPUs to serve on, one queue each, as in 2-3 or 2+4
     #[arg(long, value_name = "CPUS", default_value = "0")]
     lcores: String,
@@ -96,10 +100,25 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         window_segments: flags.put_window,
         ..AcceptConfig::default()
     };
-    let config = store::Config { iface, first_worker: 0, idle_sleep: flags.eal.idle_sleep(), accept };
+    let config = store::Config {
+        iface,
+        first_worker: 0,
+        idle_sleep: flags.eal.idle_sleep(),
+        accept,
+        zero_copy: flags.zero_copy,
+    };
     let report = store::run(&eal, &config, &mut keeper, &stop)?;
     if flags.json {
         println!("{report}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn zero_copy(text: &str) -> Result<ZeroCopy, String> {
+    match text {
+        "auto" => Ok(ZeroCopy::Auto),
+        "on" => Ok(ZeroCopy::On),
+        "off" => Ok(ZeroCopy::Off),
+        other => Err(format!("`{other}` is not auto, on or off")),
+    }
 }

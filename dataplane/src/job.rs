@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use compress::{Dtype, OutDtype, PlaneEntry, Shape};
 use control::{ElementType, MissingReason};
-use dpdk::Mbuf;
+use dpdk::{Burst, Mbuf};
 use gpu_dma::{ChunkShape as SinkShape, Destination, PagedMemory, Placement, RingMemory, SlotOrder};
 use hugepages::{Arena, Slot};
 use protocol::{ChunkFailure, ChunkInfo, ChunkShape, Key, LookupOutcome, TransferId};
@@ -234,10 +234,18 @@ impl PlaneJob {
         tail.map(|tail| (tail, offset))
     }
 
-    /// Gives the packets back to their pool.
+    /// Gives the packets back to their pool: those of the plane if it is whole, else whatever arrived.
     pub(crate) fn drop_segments(&mut self) {
         self.tail = None;
-        self.segments.iter_mut().for_each(|segment| *segment = None);
+        let end = if self.segment_count > 0 { self.segment_count } else { self.segments.len() };
+        let mut burst = Burst::new();
+        for mbuf in self.segments[..end].iter_mut().filter_map(Option::take) {
+            // There is room: it is emptied whenever it is full.
+            let _ = burst.push(mbuf);
+            if burst.is_full() {
+                burst.clear();
+            }
+        }
         self.segment_count = 0;
     }
 }

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use dpdk::{
-    Burst, Checksum, Eal, Mbuf, Pool, PoolConfig, PoolError, Port, PortConfig, PortError, RxQueue, TxQueue,
+    BURST, Burst, Checksum, Eal, Mbuf, Pool, PoolConfig, PoolError, Port, PortConfig, PortError, RxQueue,
+    TxQueue,
 };
 use protocol::frame::{self, HardwareChecks, Incoming, Local, Peer, TxChecksum};
 use protocol::neighbour::{self, NeighbourConfig, NeighbourError, Neighbours};
@@ -181,8 +182,10 @@ pub struct Link {
     sends_chains: bool,
     received: Burst,
     sending: Burst,
-    /// Taken from the pool for a datagram that was not sent after all.
-    spare: Option<Mbuf>,
+    /// Taken from the pool for datagrams that are not written yet.
+    fresh: Burst,
+    /// How many are taken at once: a whole burst after a whole burst was sent, so that who sends little holds little.
+    refill: usize,
     neighbours: Neighbours,
     macs: Arc<MacTable>,
     /// Errors that nobody has asked for yet; more are forgotten, they are hints.
@@ -310,7 +313,8 @@ pub fn open(
             sends_chains: port.capabilities().tx_multi_segment,
             received: Burst::new(),
             sending: Burst::new(),
-            spare: None,
+            fresh: Burst::new(),
+            refill: 1,
             neighbours,
             macs: Arc::clone(&macs),
             path_errors: [None; 8],
@@ -446,10 +450,14 @@ impl Link {
         if self.sending.is_full() {
             return false;
         }
-        let Some(mut mbuf) = self.spare.take().or_else(|| self.pool.alloc()) else {
-            self.counters.tx_nombuf.add(1);
-            return false;
-        };
+        if self.fresh.is_empty() {
+            let refilled = self.pool.alloc_burst(&mut self.fresh, self.refill)
+                || self.pool.alloc_burst(&mut self.fresh, 1);
+            if !refilled {
+                self.counters.tx_nombuf.add(1);
+            }
+        }
+        let Some(mut mbuf) = self.fresh.pop() else { return false };
         let header = self.local.header_bytes();
         let room = header + self.max_payload_bytes;
         let Some(buffer) = mbuf.append(room) else { return false };
@@ -469,7 +477,8 @@ impl Link {
         });
         let Some((here, tail)) = queued else {
             mbuf.trim_back(room);
-            self.spare = Some(mbuf);
+            // It came from there.
+            let _ = self.fresh.push(mbuf);
             return false;
         };
         mbuf.trim_back(room - here);
@@ -499,6 +508,7 @@ impl Link {
         if self.sending.is_empty() {
             return 0;
         }
+        self.refill = if self.sending.is_full() { BURST } else { 1 };
         let sent = self.tx.send(&mut self.sending);
         self.counters.tx_packets.add(sent as u64);
         sent

@@ -54,6 +54,13 @@ impl Chunk {
     }
 }
 
+/// For packets that are sent from where the chunk lies.
+impl AsRef<[u8]> for Chunk {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes()
+    }
+}
+
 #[derive(Default)]
 struct Place {
     chunk: ArcSwapOption<Chunk>,

@@ -185,6 +185,12 @@ impl Keeper {
         self.heap.bytes()
     }
 
+    /// Address of that memory, which begins with a page.
+    #[must_use]
+    pub fn memory_addr(&self) -> usize {
+        self.heap.addr()
+    }
+
     /// What it has done.
     #[must_use]
     pub fn counts(&self) -> &KeeperCounts {

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use dpdk::{Eal, LaunchError};
+use dpdk::{Attacher, Eal, ExternalError, ExternalMemory, LaunchError, PoolError, Port};
 use iface::{Clock, IfaceConfig, LcoreControl, LcoreCounters, LinkCounters, OpenError, Stage, lcore};
 use protocol::frame::max_segment_bytes;
 use protocol::put::AcceptConfig;
@@ -28,6 +28,7 @@ use protocol::serve::{ServeConfig, ServeEngine};
 use serde_json::{Value, json};
 use tracing::info;
 
+use crate::chunks::Chunk;
 use crate::exchange::{Desk, Exchange};
 use crate::intakes::{Intakes, PutCounts};
 use crate::keeper::Keeper;
@@ -45,7 +46,23 @@ pub struct Config {
     /// Limits on what is taken in by one queue, if the keeper takes anything; `epoch`, `segment_bytes` and `seed` are set by
     /// [`run`].
     pub accept: AcceptConfig,
+    /// Whether segments are sent from where they lie.
+    pub zero_copy: ZeroCopy,
 }
+
+/// Whether segments are sent from where they lie, in packets of two buffers, or copied into one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZeroCopy {
+    /// From where they lie, if the port can, else copied.
+    Auto,
+    /// From where they lie.
+    On,
+    /// Copied.
+    Off,
+}
+
+/// Chunks that a queue's device may be sending from at once; more are copied.
+const ATTACHED_CHUNKS: usize = 64;
 
 /// How long the keeper's thread sleeps while chunks are on their way in, and else.
 const BUSY_SLEEP: Duration = Duration::from_micros(50);
@@ -59,6 +76,15 @@ pub enum RunError {
     /// The port could not be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The device does not send what lies in two buffers.
+    #[error("--zero-copy on: {0} sends no packets of several buffers; leave it `auto`")]
+    NoChains(String),
+    /// The device cannot read the chunks.
+    #[error("--zero-copy on: {0}; leave it `auto`")]
+    External(#[from] ExternalError),
+    /// The mbufs for it could not be had.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
     /// An lcore could not be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -72,6 +98,7 @@ struct QueueView {
     link: Arc<LinkCounters>,
     counts: Arc<ServeCounts>,
     put: Arc<PutCounts>,
+    lcore: Arc<LcoreCounters>,
 }
 
 /// Serves what `keeper` holds, and takes in more, until `stop` is set. Returns what was counted.
@@ -89,6 +116,7 @@ pub fn run(eal: &Eal, config: &Config, keeper: &mut Keeper, stop: &AtomicBool) -
     // The low half of the time differs from run to run.
     let seed = u32::try_from(epoch & u64::from(u32::MAX)).unwrap_or(0);
     let accept_config = AcceptConfig { epoch, segment_bytes, seed, max_intakes, ..config.accept };
+    let external = external_memory(eal, config, keeper, &opened.port)?;
     let (mut queues, mut exchanges) = (Vec::new(), Vec::new());
     let workers = config.first_worker..config.first_worker + opened.links.len();
     for (worker, link) in workers.clone().zip(opened.links) {
@@ -98,6 +126,7 @@ pub fn run(eal: &Eal, config: &Config, keeper: &mut Keeper, stop: &AtomicBool) -
             link: Arc::clone(link.counters()),
             counts: Arc::clone(&counts),
             put: Arc::clone(&put),
+            lcore: Arc::default(),
         });
         exchanges.push(Arc::clone(&exchange));
         let stage = ServeStage {
@@ -105,15 +134,17 @@ pub fn run(eal: &Eal, config: &Config, keeper: &mut Keeper, stop: &AtomicBool) -
             link,
             engine: ServeEngine::new(serve_config),
             intakes: Intakes::new(accept_config, exchange, put),
+            attacher: attacher(eal, config, external.as_ref(), worker)?,
             counts,
             udp_port: config.iface.udp_port,
         };
         let mut stages: Vec<Box<dyn Stage>> = vec![Box::new(stage)];
-        let (control, counters) = (control.clone(), LcoreCounters::default());
+        let control = control.clone();
+        let counters = queues.last().map(|queue| Arc::clone(&queue.lcore)).unwrap_or_default();
         eal.launch(worker, move || lcore::run(&mut stages, &control, &counters))?;
     }
     info!(
-        "ready: {} chunks, {} bytes encoded from {} in {} bytes of {}, {} queues on {} at {} UDP {}",
+        "ready: {} chunks, {} bytes encoded from {} in {} bytes of {}, {} queues on {} at {} UDP {}, segments {}",
         keeper.len(),
         keeper.encoded_bytes(),
         keeper.raw_bytes(),
@@ -123,6 +154,7 @@ pub fn run(eal: &Eal, config: &Config, keeper: &mut Keeper, stop: &AtomicBool) -
         opened.port.driver(),
         config.iface.address,
         config.iface.udp_port,
+        if external.is_some() { "sent from where they lie" } else { "copied" },
     );
     let mut desk = Desk::new(keeper, exchanges);
     let mut looks_without_work = 0_u32;
@@ -135,12 +167,56 @@ pub fn run(eal: &Eal, config: &Config, keeper: &mut Keeper, stop: &AtomicBool) -
     if in_order { Ok(report(&queues, keeper)) } else { Err(RunError::Lcore) }
 }
 
+/// The chunks' memory as the device may read it, unless segments are to be copied.
+fn external_memory(
+    eal: &Eal,
+    config: &Config,
+    keeper: &Keeper,
+    port: &Port,
+) -> Result<Option<ExternalMemory>, RunError> {
+    if config.zero_copy == ZeroCopy::Off {
+        return Ok(None);
+    }
+    let page_bytes = keeper.page_size().bytes();
+    // The last page may be larger than what is used of it.
+    let bytes = keeper.memory_bytes().next_multiple_of(page_bytes);
+    let mapped = if port.capabilities().tx_multi_segment {
+        ExternalMemory::new(eal, keeper.memory_addr(), bytes, page_bytes)
+            .and_then(|memory| memory.map(port).map(|()| memory))
+            .map_err(RunError::External)
+    } else {
+        Err(RunError::NoChains(port.driver().to_owned()))
+    };
+    match mapped {
+        Ok(memory) => Ok(Some(memory)),
+        Err(error) if config.zero_copy == ZeroCopy::On => Err(error),
+        Err(error) => {
+            info!("segments are copied: {error}");
+            Ok(None)
+        }
+    }
+}
+
+fn attacher(
+    eal: &Eal,
+    config: &Config,
+    memory: Option<&ExternalMemory>,
+    worker: usize,
+) -> Result<Option<Attacher<Chunk>>, RunError> {
+    let Some(memory) = memory else { return Ok(None) };
+    // What the device's ring holds, a burst, and what caches keep aside.
+    let mbufs = u32::from(config.iface.tx_descriptors) + 1024;
+    Ok(Some(Attacher::new(eal, &format!("attached{worker}"), memory, mbufs, ATTACHED_CHUNKS)?))
+}
+
 fn report(queues: &[QueueView], keeper: &Keeper) -> Value {
     let queues = queues.iter().map(|queue| {
         json!({
             "datagrams": queue.counts.datagrams.get(),
             "segments": queue.counts.segments.get(),
             "payload_bytes": queue.counts.payload_bytes.get(),
+            "segments_not_copied": queue.counts.attached.get(),
+            "busy_ns": queue.lcore.busy_ns.get(),
             "put": queue.put.to_json(),
             "link": queue.link.to_json(),
         })

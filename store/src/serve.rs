@@ -1,7 +1,9 @@
 //! The serving stage: one queue's requests, answered from the chunks in memory.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use dpdk::Attacher;
 use iface::{Counter, Link, Outgoing, Stage};
 use protocol::Instant;
 use protocol::put::AcceptEngine;
@@ -19,6 +21,8 @@ pub struct ServeCounts {
     pub segments: Counter,
     /// Bytes of chunks in them.
     pub payload_bytes: Counter,
+    /// Of the DATA messages, those whose segment was not copied.
+    pub attached: Counter,
 }
 
 /// Serves one queue.
@@ -27,6 +31,8 @@ pub(crate) struct ServeStage {
     pub(crate) link: Link,
     pub(crate) engine: ServeEngine,
     pub(crate) intakes: Intakes,
+    /// Sends segments from where they lie; `None` copies them.
+    pub(crate) attacher: Option<Attacher<Chunk>>,
     pub(crate) counts: Arc<ServeCounts>,
     /// The port that answers come from: the one that data planes know, whatever the queue.
     pub(crate) udp_port: u16,
@@ -64,9 +70,12 @@ impl ServeStage {
     /// not fit the burst stays in the engine's queue.
     fn transmit(&mut self, now_ns: u64) -> usize {
         let now = Instant::from_nanos(now_ns);
-        let Self { chunks, link, engine, intakes, counts, udp_port } = self;
+        let Self { chunks, link, engine, intakes, attacher, counts, udp_port } = self;
         if engine.idle() && !intakes.wants_to_send() {
             link.flush();
+            if let Some(attacher) = attacher {
+                attacher.let_go();
+            }
             return 0;
         }
         // Consecutive segments are mostly of one chunk. It is let go below, so that an evicted one is soon free.
@@ -85,29 +94,29 @@ impl ServeStage {
             }
             loop {
                 let transmit = engine.poll_transmit(now, buffer)?;
-                let mut payload_bytes = transmit.header_bytes;
+                let (mut payload_bytes, mut tail) = (transmit.header_bytes, None);
                 // Chunk headers and planes have checksums of their own, which their receiver checks.
                 let covered = transmit.payload.is_some();
                 if let Some((handle, range)) = transmit.payload {
                     if held.as_ref().is_none_or(|chunk| chunk.info.handle != handle) {
                         held = chunks.load(handle);
                     }
-                    let Some(bytes) = held.as_ref().and_then(|chunk| chunk.bytes().get(range)) else {
-                        continue;
-                    };
-                    let Some(room) = buffer.get_mut(payload_bytes..payload_bytes + bytes.len()) else {
-                        continue;
-                    };
-                    room.copy_from_slice(bytes);
-                    payload_bytes += bytes.len();
+                    let Some(chunk) = &held else { continue };
+                    let bytes = range.len();
+                    tail = attacher.as_mut().and_then(|attacher| attacher.attach(chunk, range.clone()));
+                    if tail.is_none() {
+                        let Some(copied) = copy(chunk, range, &mut buffer[payload_bytes..]) else { continue };
+                        payload_bytes += copied;
+                    }
                     counts.segments.add(1);
-                    counts.payload_bytes.add(bytes.len() as u64);
+                    counts.payload_bytes.add(bytes as u64);
+                    counts.attached.add(u64::from(tail.is_some()));
                 }
                 return Some(Outgoing {
                     from_port: *udp_port,
                     to: transmit.to,
                     payload_bytes,
-                    tail: None,
+                    tail,
                     // A data plane asks for less when DATA arrives marked.
                     marks_answered: covered,
                     covered,
@@ -119,6 +128,16 @@ impl ServeStage {
             sent += 1;
         }
         link.flush();
+        if let Some(attacher) = attacher {
+            attacher.let_go();
+        }
         sent
     }
+}
+
+/// Copies a piece of a chunk to the beginning of `room`; `None` if it is not there, or has no room.
+fn copy(chunk: &Chunk, range: Range<usize>, room: &mut [u8]) -> Option<usize> {
+    let bytes = chunk.bytes().get(range)?;
+    room.get_mut(..bytes.len())?.copy_from_slice(bytes);
+    Some(bytes.len())
 }

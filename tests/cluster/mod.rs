@@ -21,9 +21,40 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) struct Cluster {
     pub(crate) store: Option<Process>,
     pub(crate) dataplane: Option<Process>,
+    /// Between the two.
+    pub(crate) proxy: Option<Process>,
     codec: Codec,
+    net: Net,
     /// Last, so that the processes end before their files go.
     folder: TempDir,
+}
+
+/// How store and data plane reach each other.
+#[derive(Clone, Copy)]
+pub(crate) struct Net {
+    pub(crate) plane_ip: &'static str,
+    pub(crate) store_ip: &'static str,
+    pub(crate) store: &'static str,
+    /// Flags of both, beside those.
+    pub(crate) flags: &'static [&'static str],
+    /// Further arguments of the virtual devices.
+    pub(crate) device: &'static str,
+    /// The store's end of the wire, if it is another than the data plane's.
+    pub(crate) store_socket: &'static str,
+    /// Instead of shared memory: devices of data plane and store, and the network namespaces that they are in.
+    pub(crate) kernel: Option<[(&'static str, &'static str); 2]>,
+}
+
+impl Net {
+    pub(crate) const DEFAULT: Net = Net {
+        plane_ip: "10.99.0.2/24",
+        store_ip: "10.99.0.1/24",
+        store: "10.99.0.1:4791",
+        flags: &[],
+        device: "",
+        store_socket: "memif.sock",
+        kernel: None,
+    };
 }
 
 /// A running `shadowserve`.
@@ -35,8 +66,13 @@ pub(crate) struct Process {
 impl Cluster {
     /// A data plane with extra flags; no store yet.
     pub(crate) fn new(codec: Codec, flags: &[&str]) -> Self {
+        Self::on(Net::DEFAULT, codec, flags)
+    }
+
+    /// The same on another network.
+    pub(crate) fn on(net: Net, codec: Codec, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut cluster = Self { folder, codec, store: None, dataplane: None };
+        let mut cluster = Self { folder, codec, net, store: None, dataplane: None, proxy: None };
         cluster.start_dataplane(flags);
         cluster
     }
@@ -56,20 +92,39 @@ impl Cluster {
         self.path("control.sock")
     }
 
-    fn port(&self, role: &str) -> String {
-        format!("net_memif0,role={role},socket={},socket-abstract=no", self.path("memif.sock").display())
+    fn port(&self, number: u32, role: &str, socket: &str) -> String {
+        let (socket, more) = (self.path(socket), self.net.device);
+        format!(
+            "net_memif{number},id={number},role={role},socket={},socket-abstract=no{more}",
+            socket.display()
+        )
+    }
+
+    /// Puts a proxy with these flags between data plane and store.
+    pub(crate) fn start_proxy(&mut self, flags: &[&str]) {
+        let ports = [self.port(0, "client", "memif.sock"), self.port(1, "server", self.net.store_socket)];
+        let mut arguments = vec!["fault-proxy", "--no-huge", "--idle-sleep-us", "10"];
+        arguments.extend(["--port", &ports[0], "--port", &ports[1]]);
+        arguments.extend(flags);
+        self.proxy = Some(Process::start(&arguments, self.path("proxy.log")));
     }
 
     pub(crate) fn start_dataplane(&mut self, flags: &[&str]) {
-        let (port, socket) = (self.port("server"), self.socket());
-        let mut arguments = vec!["dataplane", "--no-huge", "--idle-sleep-us", "20", "--ip", "10.99.0.2/24"];
+        let (port, socket) = (self.port(0, "server", "memif.sock"), self.socket());
+        let (port, namespace) = self
+            .net
+            .kernel
+            .map_or((port, None), |[(device, namespace), _]| (device.to_owned(), Some(namespace)));
+        let mut arguments =
+            vec!["dataplane", "--no-huge", "--idle-sleep-us", "20", "--ip", self.net.plane_ip];
         let socket_text = socket.to_string_lossy();
-        arguments.extend(["--port", &port, "--store", "10.99.0.1:4791", "--socket", &socket_text]);
+        arguments.extend(["--port", &port, "--store", self.net.store, "--socket", &socket_text]);
         if !flags.contains(&"--lcores") {
             arguments.extend(["--lcores", "rx@0,decode@0,dma@0"]);
         }
+        arguments.extend(self.net.flags);
         arguments.extend(flags);
-        self.dataplane = Some(Process::start(&arguments, self.path("dataplane.log")));
+        self.dataplane = Some(Process::start_in(namespace, &arguments, self.path("dataplane.log")));
         let config = ClientConfig::new(self.namespace());
         let dataplane = self.dataplane.as_mut().unwrap();
         wait_until("the data plane listens", || {
@@ -95,14 +150,20 @@ impl Cluster {
 
     /// One that has loaded nothing, unless `flags` say so.
     pub(crate) fn start_any_store(&mut self, cpus: &str, flags: &[&str]) {
-        let port = self.port("client");
+        // Both ends of a wire have one number.
+        let number = u32::from(self.net.store_socket != Net::DEFAULT.store_socket);
+        let port = self.port(number, "client", self.net.store_socket);
+        let (port, namespace) = self
+            .net
+            .kernel
+            .map_or((port, None), |[_, (device, namespace)]| (device.to_owned(), Some(namespace)));
         let arguments = [
             "store",
             "--no-huge",
             "--idle-sleep-us",
             "20",
             "--ip",
-            "10.99.0.1/24",
+            self.net.store_ip,
             "--port",
             &port,
             "--codec",
@@ -110,8 +171,8 @@ impl Cluster {
             "--lcores",
             cpus,
         ];
-        let arguments = [&arguments, flags].concat();
-        self.store = Some(Process::start(&arguments, self.path("store.log")));
+        let arguments = [&arguments, self.net.flags, flags].concat();
+        self.store = Some(Process::start_in(namespace, &arguments, self.path("store.log")));
     }
 
     /// A client in this process, once the store answers.
@@ -156,8 +217,21 @@ impl Cluster {
 
 impl Process {
     fn start(arguments: &[&str], log: PathBuf) -> Self {
+        Self::start_in(None, arguments, log)
+    }
+
+    /// In a network namespace, if there is one.
+    fn start_in(namespace: Option<&str>, arguments: &[&str], log: PathBuf) -> Self {
         let output = std::fs::File::create(&log).unwrap();
-        let mut command = Command::new(PROGRAM);
+        let mut command = match namespace {
+            None => Command::new(PROGRAM),
+            Some(namespace) => {
+                // It becomes the program, under the same process id.
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace, PROGRAM]);
+                command
+            }
+        };
         command.args(arguments).stdin(Stdio::null());
         command.stdout(output.try_clone().unwrap()).stderr(output);
         Self { child: command.spawn().unwrap(), log }

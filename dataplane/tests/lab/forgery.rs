@@ -246,6 +246,10 @@ pub(crate) const FORGERIES: &[(&str, Forge)] = &[
         let rest = [&[52, 0, 0, 0][..], &[0; 36]].concat();
         (stray(random, frame, MessageType::Probe, &rest), Some(BadType))
     }),
+    ("a PROBE_REPLY that nobody waits for", |random, frame| {
+        let rest = [&[52, 0, 0, 0][..], &[0; 36]].concat();
+        (stray(random, frame, MessageType::ProbeReply, &rest), Some(Stale))
+    }),
     ("ERROR with a tail", |random, frame| {
         (stray(random, frame, MessageType::Error, &[1; 21]), Some(BadLength))
     }),

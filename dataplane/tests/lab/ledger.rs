@@ -199,9 +199,11 @@ impl Ledger {
         }
         match Message::new_checked(&frame.bytes[payload]) {
             Err(reason) => Fates::dropped(reason),
-            Ok(Message::Lookup(_) | Message::Pull(_) | Message::Probe(_) | Message::ProbeReply(_)) => {
+            Ok(Message::Lookup(_) | Message::Pull(_) | Message::Probe(_)) => {
                 Fates::dropped(DropReason::BadType)
             }
+            // On an MTU of 1,500 nothing is probed.
+            Ok(Message::ProbeReply(_)) => Fates::dropped(DropReason::Stale),
             Ok(Message::Data(data)) => {
                 self.predict_data(data.tag, data.segment, data.epoch, data.payload, library)
             }
