@@ -43,7 +43,7 @@ def plot_scenarios(axes, shares):
     axes.set_ylabel("goodput / what the link can carry")
     axes.set_ylim(0, 1.05)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
 
 
 def plot_losses(axes, shares):

@@ -177,6 +177,12 @@ pub const ENTRIES: &[Entry] = &[
     }),
     ours("incast-16-measured", "the same as incast-16, the link's rate not given", incast_measured),
     ours(
+        "incast-16-queues",
+        "the same as incast-16 with four queues that share nothing, each a quarter of the link",
+        queues,
+    ),
+    all("crowd", "1,000 data planes, each fetching from four of 1,000 stores, all of 100 Gbps", crowd),
+    ours(
         "placed-4",
         "four stores of 50 Gbps each, two replicas, all to one data plane of 100 Gbps",
         |d, s, k| placed(d, s, k, Trouble::None),
@@ -396,6 +402,37 @@ fn incast_measured(design: Design, seed: u64, scale: u32) -> Figures {
     let mut scenario = incast_of(design, seed, scale, 16, None);
     scenario.planes[0].config.fetch.link_mbps = 0;
     figures(&run(&scenario), 100.0, 1)
+}
+
+fn queues(design: Design, seed: u64, scale: u32) -> Figures {
+    let mut scenario = incast_of(design, seed, scale, 16, None);
+    let fetch = &mut scenario.planes[0].config.fetch;
+    fetch.queues = 4;
+    fetch.link_mbps /= 4;
+    figures(&run(&scenario), 100.0, 1)
+}
+
+/// Every data plane and every store has four partners, so that all links could be full all the time.
+fn crowd(design: Design, seed: u64, scale: u32) -> Figures {
+    let nodes: u16 = 1000 / u16::try_from(scale.min(20)).unwrap_or(20);
+    let count = u32::from(nodes);
+    let mut scenario = on_path(design, seed, USUAL, count, nodes);
+    let plane_bytes = 20 * u32::from(SEGMENT_BYTES);
+    scenario.chunks = ChunkSpec { count: 64, plane_bytes: (plane_bytes, plane_bytes), ..scenario.chunks };
+    scenario.baseline_window = (USUAL.window() / 4).max(64);
+    // A gigabyte less.
+    scenario.stores.iter_mut().for_each(|store| store.config.serve.max_pending_pulls = 256);
+    for plane in 0..count {
+        let fetch = &mut scenario.planes[plane as usize].config.fetch;
+        (fetch.max_fetches, fetch.max_chunks_per_fetch, fetch.active_chunks, fetch.active_planes) =
+            (4, 4, 16, 256);
+        for (number, step) in (0_u32..).zip([0, 1, 17, 33]) {
+            let store = count + (plane + step) % count;
+            let first = (plane + number) % 60;
+            scenario.fetch(0, plane, order(u64::from(4 * plane + number) + 1, store, first..first + 2));
+        }
+    }
+    figures(&run(&scenario), 100.0 * f64::from(count), count)
 }
 
 fn incast_of(design: Design, seed: u64, scale: u32, stores: u16, switch: Option<SwitchConfig>) -> Scenario {
