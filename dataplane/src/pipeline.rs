@@ -27,6 +27,7 @@ use crate::gpu::Gpus;
 use crate::job::PlaneJob;
 use crate::latency::Latencies;
 use crate::offload::{DeviceOffload, device_config};
+use crate::paths::Paths;
 use crate::placement::StageKind;
 use crate::rx::{Parts, PlaneCounters, Planes, RxRings, RxStage, StoreAddress};
 use crate::save::encode::{AnyEncoder, EncodeCounters, EncodeRings, EncodeStage, STAGING_SLOTS};
@@ -71,6 +72,8 @@ pub enum BuildError {
 pub(crate) struct Budget {
     queues: u16,
     segment_bytes: u16,
+    /// Segments that our own port allows, if the path carries them.
+    max_segment_bytes: u16,
     max_plane_bytes: u32,
     plane_segments: u32,
     /// Planes that a queue can have under way.
@@ -130,7 +133,9 @@ impl Budget {
                 return Err(ConfigError::Zero(name));
             }
         }
-        let segment_bytes = max_segment_bytes(config.iface.mtu, &config.iface.address.ip);
+        let ip = &config.iface.address.ip;
+        let largest_segment_bytes = max_segment_bytes(config.iface.mtu, ip);
+        let segment_bytes = max_segment_bytes(config.iface.mtu.min(PLAIN_MTU), ip);
         let payload = usize::from(config.iface.mtu).saturating_sub(48);
         if payload < MAX_CONTROL_BYTES || segment_bytes == 0 {
             return Err(ConfigError::Mtu { mtu: config.iface.mtu, least: MAX_CONTROL_BYTES + 48 });
@@ -153,6 +158,7 @@ impl Budget {
         Ok(Self {
             queues,
             segment_bytes,
+            max_segment_bytes: largest_segment_bytes,
             max_plane_bytes,
             plane_segments,
             active_planes: 256,
@@ -189,6 +195,9 @@ impl Budget {
         }
     }
 }
+
+/// Every path is taken to carry IP packets of this size; larger ones are tried first.
+const PLAIN_MTU: u16 = 1500;
 
 /// Lookups carried out at once; more wait.
 pub(crate) const MAX_LOOKUPS: u16 = 64;
@@ -400,6 +409,13 @@ impl StageBuilder<'_> {
             ports,
             stores: self.stores.clone(),
             macs: vec![None; self.stores.len()],
+            paths: Paths::new(
+                self.stores.len(),
+                self.budget.segment_bytes,
+                self.budget.max_segment_bytes,
+                self.config.iface.address.ip.is_ipv6(),
+                seed(),
+            ),
             link,
             engine: FetchEngine::with_placement(
                 self.budget.engine(self.config, queue, seed()),
@@ -430,7 +446,7 @@ impl StageBuilder<'_> {
             max_pending_pulls: 256,
             max_pending_replies: 64,
             max_requesters: 16,
-            max_segment_bytes: self.budget.segment_bytes,
+            max_segment_bytes: self.budget.max_segment_bytes,
             ..ServeConfig::default()
         };
         let engine = OfferEngine::new(OfferConfig {

@@ -21,6 +21,7 @@ use crate::job::{
     REJECTED_SHAPE, REJECTED_UNDECODABLE, missing_reason,
 };
 use crate::latency::Latencies;
+use crate::paths::Paths;
 use crate::save::offers::Offers;
 
 /// Where a store is reached.
@@ -96,6 +97,7 @@ pub(crate) struct RxStage {
     pub(crate) macs: Vec<Option<[u8; 6]>>,
     pub(crate) link: Link,
     pub(crate) engine: FetchEngine<EncodedChunks>,
+    pub(crate) paths: Paths,
     pub(crate) rings: RxRings,
     pub(crate) planes: Planes,
     pub(crate) parts: Parts,
@@ -126,19 +128,27 @@ impl Stage for RxStage {
         work += self.take_events(now_ns);
         work += self.offers.poll(now);
         self.link.poll_neighbours(now_ns);
+        while let Some(error) = self.link.take_path_error() {
+            self.paths.handle_error(now, &self.stores, &error);
+        }
         work + self.transmit(now)
     }
 }
 
 impl RxStage {
     fn receive(&mut self, now_ns: u64) -> usize {
-        let Self { queue, ports, stores, link, engine, rings, planes, counters, offers, .. } = self;
+        let Self { queue, ports, stores, link, engine, paths, rings, planes, counters, offers, .. } = self;
         let link_counters: Arc<LinkCounters> = Arc::clone(link.counters());
         link.receive(now_ns, |datagram| {
             let Some(store) = store_of(stores, &datagram.from) else {
                 return link_counters.dropped.add(DropReason::UnknownPeer);
             };
             let result = match ports.queue(datagram.to_port) {
+                Some(owner) if owner == *queue && Paths::is_reply(datagram.mbuf.data()) => {
+                    let now = Instant::from_nanos(now_ns);
+                    let answered = paths.handle(now, engine, store, datagram.mbuf.data());
+                    answered.inspect(|()| counters.control_accepted.add(1))
+                }
                 Some(owner) if owner == *queue && OfferEngine::takes(datagram.mbuf.data()) => {
                     let now = Instant::from_nanos(now_ns);
                     take_offer(offers, counters, now, (store, datagram.from), datagram.mbuf.data())
@@ -350,7 +360,7 @@ impl RxStage {
     }
 
     fn transmit(&mut self, now: Instant) -> usize {
-        let Self { queue, ports, stores, macs, link, engine, offers, .. } = self;
+        let Self { queue, ports, stores, macs, link, engine, paths, offers, .. } = self;
         for (mac, store) in macs.iter_mut().zip(stores.iter()) {
             *mac = link.neighbour(store.next_hop).or(*mac);
         }
@@ -359,6 +369,13 @@ impl RxStage {
         if macs.iter().any(Option::is_some) {
             let from_port = ports.port(*queue);
             let mut write = |buffer: &mut [u8]| {
+                while paths.is_due(now)
+                    && let Some((store, bytes)) = paths.poll_transmit(now, engine, buffer)
+                {
+                    if let Some(to) = address(stores, macs, store) {
+                        return Some(outgoing(from_port, to, bytes, false));
+                    }
+                }
                 // Fetches go first; what is saved goes with what the link has left.
                 while let Some(transmit) = engine.poll_transmit(now, buffer) {
                     if let Some(to) = address(stores, macs, transmit.store) {

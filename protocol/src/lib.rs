@@ -21,6 +21,7 @@ pub mod fetch;
 pub mod frame;
 pub mod key;
 pub mod neighbour;
+pub mod path_mtu;
 pub mod placement;
 pub mod put;
 pub mod reason;

@@ -100,6 +100,25 @@ fn a_fetch_over_a_good_network_is_done_and_asks_nothing_twice() {
 }
 
 #[test]
+fn segments_grow_and_shrink_with_the_path() {
+    let mut world = World::new(1, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 30, &SHAPE);
+    let least = config().segment_bytes;
+    let mut asked = Vec::new();
+    for (id, bytes) in (1..).zip([least, 4 * least + 31, 0]) {
+        world.engine_mut(0).set_segment_bytes(StoreIndex(0), bytes);
+        let before = world.engine(0).counters().segments_asked;
+        let deadline = world.now + 10 * SECOND;
+        world.start(id, 0, &keys, &SHAPE, deadline);
+        world.run();
+        assert_eq!(outcome(&world, 0, id), FetchOutcome::Done);
+        asked.push(world.engine(0).counters().segments_asked - before);
+    }
+    world.assert_quiet();
+    assert!(asked[1] * 2 < asked[0] && asked[0] == asked[2], "{asked:?}");
+}
+
+#[test]
 fn several_queues_share_a_fetch() {
     for queues in [2, 3, 7, 40] {
         let mut world = World::new(2, &FetchConfig { queues, ..config() }, serve());

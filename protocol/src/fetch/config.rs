@@ -32,7 +32,8 @@ pub struct FetchConfig {
     pub max_plane_bytes: u32,
     /// Bytes of a chunk header; a larger one fails its chunk.
     pub max_header_bytes: u32,
-    /// Bytes of a segment, a multiple of 32: see [`crate::frame::max_segment_bytes`].
+    /// Bytes of a segment, a multiple of 32: see [`crate::frame::max_segment_bytes`]. Every path carries these; larger ones by
+    /// [`super::FetchEngine::set_segment_bytes`].
     pub segment_bytes: u16,
     /// Most segments under way at once: asked for, not arrived, not given up. The credit is less as the link, the stores
     /// and memory have it.

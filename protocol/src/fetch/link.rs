@@ -101,6 +101,11 @@ impl Link {
         2 * self.pull
     }
 
+    /// The size of segments has changed.
+    pub(super) fn set_segment_bytes(&mut self, segment_bytes: u16) {
+        self.wire_bytes = u64::from(segment_bytes) + OVERHEAD_BYTES;
+    }
+
     /// Bytes a second at which answers may be asked for, and the bytes that a segment counts: a little more than the
     /// rate, since the cap bounds the queue and lost requests leave gaps. Zero is no bound.
     pub(super) fn pace(&self) -> (u64, u64) {

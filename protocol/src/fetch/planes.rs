@@ -2,9 +2,10 @@
 
 use crate::chunk::ChunkLayout;
 use crate::time::Instant;
+use crate::wire::message::SEGMENT_ALIGN;
 
 use super::asks::Ask;
-use super::event::{ChunkFailure, TransferId, Verdict};
+use super::event::{ChunkFailure, StoreIndex, TransferId, Verdict};
 use super::index::{AskIndex, ChunkIndex, Index, JobIndex, List, TransferIndex};
 use super::segments::Word;
 use super::tables::{ChunkState, JobState, Transfer, TransferState};
@@ -45,14 +46,14 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let plane = bits::next_set(&self.chunk_todo[self.todo_range(chunk)], 0, planes);
         assert!(plane < planes, "a chunk in the list has planes to start");
         let range = self.chunk_ranges[chunk.at()].as_slice()[plane as usize];
-        let segments = range.bytes.div_ceil(u32::from(self.config.segment_bytes));
+        let store_index = self.chunks[chunk.at()].store;
+        let segments = range.bytes.div_ceil(u32::from(self.store(store_index).segment_bytes));
         assert!(segments <= self.plane_segments, "checked when the header arrived");
         if self.free_planes.is_empty() || self.memory + segments > self.config.memory_segments {
             return Started::Full;
         }
         let plane_share = self.share(u32::from(self.config.active_planes));
         let memory_share = self.share(self.config.memory_segments);
-        let store_index = self.chunks[chunk.at()].store;
         let store = self.store(store_index);
         if store.planes >= plane_share || (store.memory > 0 && store.memory + segments > memory_share) {
             return Started::Nothing;
@@ -74,6 +75,17 @@ impl<L: ChunkLayout> FetchEngine<L> {
         Started::Plane(index)
     }
 
+    /// Asks `store` for segments of up to `bytes` from now on, rounded down to a multiple of 32 and never less than the configuration's.
+    /// What is under way stays as it is.
+    pub fn set_segment_bytes(&mut self, store: StoreIndex, bytes: u16) {
+        let bytes = (bytes / SEGMENT_ALIGN * SEGMENT_ALIGN).max(self.config.segment_bytes);
+        if let Some(store) = self.stores.get_mut(usize::from(store.0)) {
+            store.segment_bytes = bytes;
+        }
+        let largest = self.stores.iter().map(|store| store.segment_bytes).max().unwrap_or(bytes);
+        self.link.set_segment_bytes(largest);
+    }
+
     /// Makes a free transfer pull a byte range of a chunk.
     pub(super) fn begin(
         &mut self,
@@ -83,8 +95,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         offset: u64,
         bytes: u32,
     ) {
-        let segment_bytes = u32::from(self.config.segment_bytes);
-        let segments = bytes.div_ceil(segment_bytes);
+        let segment_bytes = self.store(self.chunks[chunk.at()].store).segment_bytes;
+        let segments = bytes.div_ceil(u32::from(segment_bytes));
         assert!(bytes > 0 && bits::words(segments) <= self.segment_words, "the range was checked before");
         let words = self.segment_range(index);
         self.segments[words].fill(Word::default());
@@ -98,7 +110,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
             store,
             epoch: slot.epoch,
             segments,
-            last_bytes: bytes - (segments - 1) * segment_bytes,
+            last_bytes: bytes - (segments - 1) * u32::from(segment_bytes),
+            segment_bytes,
             bytes,
             offset,
             chunk,

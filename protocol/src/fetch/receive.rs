@@ -8,7 +8,7 @@ use crate::wire::message::{self, Data, ErrorCode, Message, Refusal, Subject};
 use super::event::{Accepted, StoreIndex, TransferId};
 use super::index::{AskIndex, Index, TransferIndex};
 use super::store::Store;
-use super::tables::TransferState;
+use super::tables::{Transfer, TransferState};
 use super::window::Path;
 use super::{FetchEngine, Queued, segments, tag};
 
@@ -73,7 +73,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             return Err(DropReason::BadSegment);
         }
         let is_last = data.segment + 1 == transfer.segments;
-        let bytes = if is_last { transfer.last_bytes } else { u32::from(self.config.segment_bytes) };
+        let bytes = if is_last { transfer.last_bytes } else { u32::from(transfer.segment_bytes) };
         if data.payload.len() != bytes as usize {
             return Err(DropReason::BadLength);
         }
@@ -217,8 +217,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
     }
 
     fn place_header(&mut self, index: TransferIndex, data: &Data<'_>, is_whole: bool) {
-        let chunk = self.transfers[index.at()].chunk;
-        let offset = data.segment as usize * usize::from(self.config.segment_bytes);
+        let Transfer { chunk, segment_bytes, .. } = self.transfers[index.at()];
+        let offset = data.segment as usize * usize::from(segment_bytes);
         let header = self.header_range(chunk);
         self.chunk_headers[header][offset..offset + data.payload.len()].copy_from_slice(data.payload);
         self.counters.header_segments += 1;

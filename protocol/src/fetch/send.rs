@@ -295,7 +295,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             epoch: transfer.epoch,
             offset: transfer.offset,
             bytes: transfer.bytes,
-            segment_bytes: self.config.segment_bytes,
+            segment_bytes: transfer.segment_bytes,
         };
         let store = &mut self.stores[usize::from(transfer.store.0)];
         let ask = self.asks.push(&mut store.asks, now, transfer.store, index, (base, asked));

@@ -38,6 +38,8 @@ pub(super) struct Store {
     pub(super) is_due: bool,
     /// Segments asked of this store and neither arrived nor given up.
     pub(super) in_flight: u32,
+    /// Bytes of the segments that it is asked for: what the path to it carries.
+    pub(super) segment_bytes: u16,
     /// Chunk slots, plane slots and segments of memory that are kept for it.
     pub(super) chunks: u32,
     pub(super) planes: u32,
@@ -60,6 +62,7 @@ impl Store {
             waiting: List::EMPTY,
             is_due: false,
             in_flight: 0,
+            segment_bytes: config.segment_bytes,
             chunks: 0,
             planes: 0,
             memory: 0,

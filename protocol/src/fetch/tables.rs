@@ -208,6 +208,7 @@ pub(super) struct Transfer {
     /// Segments of the range, and bytes of the last.
     pub(super) segments: u32,
     pub(super) last_bytes: u32,
+    pub(super) segment_bytes: u16,
     pub(super) arrived: u32,
     pub(super) cursor: u32,
     pub(super) in_flight: u32,
@@ -230,6 +231,7 @@ impl Transfer {
             epoch: 0,
             segments: 0,
             last_bytes: 0,
+            segment_bytes: 0,
             arrived: 0,
             cursor: 0,
             in_flight: 0,
