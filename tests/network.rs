@@ -81,7 +81,7 @@ fn a_bad_network_delivers_only_what_is_right() {
         let net = Net { store_socket: "store.sock", ..Net::DEFAULT };
         let mut cluster = Cluster::on(net, Codec::Raw, &[]);
         cluster.start_proxy(&[faults, &["--seed", &seed.to_string()]].concat());
-        let counters = fetch_all(&mut cluster, "20", &[]);
+        let counters = fetch_all(&mut cluster, "5", &[]);
         let log = cluster.proxy.take().unwrap().terminate();
         let done: Value = serde_json::from_str(log.lines().last().unwrap()).expect("one JSON object");
         for way in ["a_to_b", "b_to_a"] {
