@@ -11,6 +11,9 @@ use super::segments::Word;
 use super::tables::{ChunkState, JobState, Transfer, TransferState};
 use super::{FetchEngine, Queued, bits, segments, tag};
 
+/// Chunks of a fetch that are looked at for the one whose store has least to send.
+const LOOK_AHEAD: usize = 16;
+
 /// What became of an attempt to start a plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Started {
@@ -25,6 +28,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
     /// Starts the next plane of a fetch whose store can be asked for something, if there is a free transfer, and memory
     /// for the whole plane.
     pub(super) fn start_plane(&mut self, job: JobIndex) -> Started {
+        if let Some(chunk) = self.least_asked(job)
+            && let started @ (Started::Plane(_) | Started::Full) = self.start_plane_of(job, chunk)
+        {
+            return started;
+        }
         let cap = self.link.cap();
         let mut next = self.jobs[job.at()].to_start.front();
         while let Some(chunk) = next {
@@ -39,6 +47,26 @@ impl<L: ChunkLayout> FetchEngine<L> {
             }
         }
         Started::Nothing
+    }
+
+    /// Of a fetch's next chunks, the first whose store has the least to send: stores that are slower than our link fill it
+    /// together, and none has a queue while another is idle.
+    fn least_asked(&self, job: JobIndex) -> Option<ChunkIndex> {
+        if self.stores.len() == 1 {
+            return None;
+        }
+        let mut next = self.jobs[job.at()].to_start.front();
+        let mut best = None;
+        for _ in 0..LOOK_AHEAD {
+            let Some(chunk) = next else { break };
+            next = List::behind(&self.chunk_links, chunk);
+            let store = &self.stores[usize::from(self.chunks[chunk.at()].store.0)];
+            let is_open = store.room(self.now, self.link.cap(), self.link.pull()) > 0;
+            if is_open && best.is_none_or(|(least, _)| store.in_flight < least) {
+                best = Some((store.in_flight, chunk));
+            }
+        }
+        best.map(|(_, chunk)| chunk)
     }
 
     fn start_plane_of(&mut self, job: JobIndex, chunk: ChunkIndex) -> Started {
