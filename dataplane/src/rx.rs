@@ -8,7 +8,7 @@ use dpdk::{Mbuf, Ring, RingReceiver, RingSender};
 use iface::steer::PortMap;
 use iface::{Counter, Link, LinkCounters, Outgoing, Stage};
 use protocol::frame::Peer;
-use protocol::put::{OfferEngine, OfferTo};
+use protocol::put::OfferTo;
 use protocol::reason::DropReason;
 use protocol::time::Instant;
 use protocol::{
@@ -149,7 +149,7 @@ impl RxStage {
                     let answered = paths.handle(now, engine, store, datagram.mbuf.data());
                     answered.inspect(|()| counters.control_accepted.add(1))
                 }
-                Some(owner) if owner == *queue && OfferEngine::takes(datagram.mbuf.data()) => {
+                Some(owner) if owner == *queue && offers.takes(datagram.mbuf.data()) => {
                     let now = Instant::from_nanos(now_ns);
                     take_offer(offers, counters, now, (store, datagram.from), datagram.mbuf.data())
                 }
@@ -184,7 +184,7 @@ impl RxStage {
                 Some(Peer { mac, ip: store.ip, port: store.port })
             });
             let result = match peer {
-                Some(peer) if OfferEngine::takes(mbuf.data()) => {
+                Some(peer) if self.offers.takes(mbuf.data()) => {
                     take_offer(&mut self.offers, &self.counters, now, (from.0, peer), mbuf.data())
                 }
                 _ => self.planes.take_datagram(&mut self.engine, &self.counters, now.nanos(), from, mbuf),

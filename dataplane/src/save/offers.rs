@@ -108,7 +108,13 @@ impl Offers {
         Arc::clone(&self.counts)
     }
 
-    /// Takes a datagram for which [`OfferEngine::takes`] is true.
+    /// Whether a payload is for [`Offers::take`]. Where nothing is saved, nothing is: such messages are of no type that is known.
+    #[inline]
+    pub(crate) fn takes(&self, payload: &[u8]) -> bool {
+        !self.jobs.0.is_empty() && OfferEngine::takes(payload)
+    }
+
+    /// Takes a datagram for which [`Offers::takes`] is true.
     pub(crate) fn take(
         &mut self,
         now: Instant,
