@@ -16,6 +16,8 @@ const INITIAL: u32 = 64;
 const PULL_NS: u64 = 10_000;
 /// Segments of a PULL: a packet of its own must be worth it; a word holds 64.
 const PULL: (u32, u32) = (8, 64);
+/// A measured rate paces no slower, bytes a second: what losses left of it must not keep more from being measured.
+const LEAST_PACE: u64 = 1_250_000;
 /// Rounds for which a measured rate is believed: BBR's BtlBw filter.
 const ROUNDS: usize = 10;
 /// Startup is over when the rate has not grown by a quarter in this many rounds (BBR's full pipe).
@@ -111,9 +113,10 @@ impl Link {
     pub(super) fn pace(&self) -> (u64, u64) {
         let rate = match (self.is_given, self.startup) {
             (true, _) => self.rate / 20 * 21,
+            (false, _) if self.rate == 0 => 0,
             // BBR's startup gain of 2/ln 2, and its probing gain.
-            (false, Some(_)) => self.rate * 289 / 100,
-            (false, None) => self.rate / 4 * 5,
+            (false, Some(_)) => (self.rate * 289 / 100).max(LEAST_PACE),
+            (false, None) => (self.rate / 4 * 5).max(LEAST_PACE),
         };
         (rate, self.wire_bytes)
     }
