@@ -53,13 +53,19 @@ pub struct Config {
 /// Whether segments are sent from where they lie, in packets of two buffers, or copied into one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ZeroCopy {
-    /// From where they lie, if the port can, else copied.
+    /// From where they lie, if the port can and its device reads memory by itself; else copied.
     Auto,
     /// From where they lie.
     On,
     /// Copied.
     Off,
 }
+
+/// Drivers for which a second buffer per packet is no gain. All but `net_ring` copy what they send into memory of their own,
+/// and the buffer only costs them time (`docs/BENCHMARKS.md` has memif's figures); `net_ring` hands the buffers themselves to
+/// the receiver, and a data plane takes packets of one.
+const DRIVERS_WITHOUT_DMA: [&str; 7] =
+    ["net_memif", "net_af_packet", "net_af_xdp", "net_tap", "net_pcap", "net_vhost", "net_ring"];
 
 /// Chunks that a queue's device may be sending from at once; more are copied.
 const ATTACHED_CHUNKS: usize = 64;
@@ -174,7 +180,8 @@ fn external_memory(
     keeper: &Keeper,
     port: &Port,
 ) -> Result<Option<ExternalMemory>, RunError> {
-    if config.zero_copy == ZeroCopy::Off {
+    let no_gain = DRIVERS_WITHOUT_DMA.contains(&port.driver());
+    if config.zero_copy == ZeroCopy::Off || (config.zero_copy == ZeroCopy::Auto && no_gain) {
         return Ok(None);
     }
     let page_bytes = keeper.page_size().bytes();

@@ -180,8 +180,10 @@ impl Session {
                     let opened = if unknown { Err("no such GPU".to_owned()) } else { Ok(memory.clone()) };
                     let region = self.session.answer_gpu(token, opened).expect("the client reads");
                     if let (Some(region), GpuMemory::Ring(ring), Some(words)) = (region, memory, words) {
-                        let producer = RingProducer::new(words, ring.entries, ring.generation).unwrap();
-                        self.rings.insert(region, producer);
+                        // A client that has dropped the ring meanwhile has revoked it.
+                        if let Ok(producer) = RingProducer::new(words, ring.entries, ring.generation) {
+                            self.rings.insert(region, producer);
+                        }
                     }
                 }
                 SocketEvent::Closed { .. } => {
