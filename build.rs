@@ -12,15 +12,21 @@ fn main() {
     };
     println!("cargo:rustc-env=SHADOWSERVE_VERSION={version}");
     println!("cargo:rerun-if-changed=build.rs");
-    // A commit or a checkout appends to the log of HEAD. A missing path would make every build run this again.
-    if Path::new(".git/logs/HEAD").exists() {
-        println!("cargo:rerun-if-changed=.git/logs/HEAD");
+    // A commit or a checkout appends to the log of HEAD, which a linked worktree has elsewhere. A missing path would make every
+    // build run this again.
+    if let Some(log) = git(&["rev-parse", "--git-path", "logs/HEAD"]).filter(|log| Path::new(log).exists()) {
+        println!("cargo:rerun-if-changed={log}");
     }
 }
 
 /// The commit that is checked out, shortened; none outside a git checkout.
 fn commit() -> Option<String> {
-    let output = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output().ok()?;
+    git(&["rev-parse", "--short=12", "HEAD"])
+}
+
+/// What git answers, if there is git and it has an answer.
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     (output.status.success() && !text.trim().is_empty()).then(|| text.trim().to_owned())
 }
