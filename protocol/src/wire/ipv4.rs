@@ -78,12 +78,11 @@ pub fn emit(
     checksum: bool,
 ) {
     *out = [0; HEADER_BYTES];
-    out[0] = 0x45;
-    out[1] = ecn as u8;
+    // Words, not bytes: the checksum reads words at once, and a word that was just written as two bytes would hold it up.
+    out[..2].copy_from_slice(&(0x4500 | u16::from(ecn as u8)).to_be_bytes());
     out[2..4].copy_from_slice(&total_bytes.to_be_bytes());
-    out[6] = 0x40;
-    out[8] = 64;
-    out[9] = udp::PROTOCOL;
+    out[6..8].copy_from_slice(&0x4000_u16.to_be_bytes());
+    out[8..10].copy_from_slice(&[64, udp::PROTOCOL]);
     out[12..16].copy_from_slice(&source.octets());
     out[16..20].copy_from_slice(&destination.octets());
     if checksum {
