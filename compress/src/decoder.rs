@@ -329,10 +329,7 @@ impl Decoder {
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
         let out_dtype = out_dtype.into();
-        let layout = self.check(shape, entry, out_dtype, out)?;
-        if u32::try_from(encoded.len()) != Ok(entry.bytes) {
-            return Err(DecodeError::Length { got_bytes: encoded.len(), expected_bytes: entry.bytes });
-        }
+        let layout = self.check_whole(shape, entry, encoded, out_dtype, out)?;
         check_crc(encoded, entry)?;
         self.inner.decode(shape, entry, &layout, encoded, out_dtype, out)
     }
@@ -350,11 +347,24 @@ impl Decoder {
         out: &mut [u8],
     ) -> Result<(), DecodeError> {
         let out_dtype = out_dtype.into();
+        let layout = self.check_whole(shape, entry, encoded, out_dtype, out)?;
+        self.inner.decode(shape, entry, &layout, encoded, out_dtype, out)
+    }
+
+    /// Checks everything about encoded bytes in one piece but their checksum.
+    fn check_whole(
+        &self,
+        shape: &Shape,
+        entry: &PlaneEntry,
+        encoded: &[u8],
+        out_dtype: OutDtype,
+        out: &[u8],
+    ) -> Result<Layout, DecodeError> {
         let layout = self.check(shape, entry, out_dtype, out)?;
         if u32::try_from(encoded.len()) != Ok(entry.bytes) {
             return Err(DecodeError::Length { got_bytes: encoded.len(), expected_bytes: entry.bytes });
         }
-        self.inner.decode(shape, entry, &layout, encoded, out_dtype, out)
+        Ok(layout)
     }
 
     /// Checks everything that doesn't need the encoded bytes.

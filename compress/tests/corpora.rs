@@ -1,22 +1,12 @@
 //! Replays the corpora of the fuzz targets.
 
 mod fuzzed;
-
-use std::path::Path;
+#[path = "../../fuzz/replay.rs"]
+mod replay;
 
 use compress::Compression;
 
-fn replay(target: &str, run: impl Fn(&[u8])) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
-    let mut inputs = 0;
-    for file in std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display())) {
-        let path = file.unwrap().path();
-        println!("{}", path.display());
-        run(&std::fs::read(&path).unwrap());
-        inputs += 1;
-    }
-    assert!(inputs > 0, "{} is empty", folder.display());
-}
+use replay::replay;
 
 #[test]
 fn chunk() {
