@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use control::message::MAX_CHUNKS_PER_FETCH;
 use control::{
-    ChunkPlace, Command, CommandError, Completion, Dtype, Layout, LayoutError, Missing, Outcome, RegionView,
-    Shape, Target as FetchTarget,
+    ChunkPlace, Command, CommandError, Completion, Dtype, ElementType, Layout, LayoutError, Missing, Outcome,
+    RegionView, Shape, Target as FetchTarget,
 };
 
 use crate::dispatch::drain;
@@ -46,15 +46,13 @@ pub enum RequestError {
     #[error("the prefix is empty: nothing of the sequence is stored, compute it instead")]
     Empty,
     /// More chunks than a fetch may name.
-    #[error("the prefix has {chunks} chunks and a fetch takes {MAX_CHUNKS_PER_FETCH}: fetch it in parts")]
+    #[error("{chunks} chunks, and a fetch or save takes {MAX_CHUNKS_PER_FETCH}: split it into parts")]
     TooMany {
         /// How many.
         chunks: usize,
     },
     /// It does not fit.
-    #[error(
-        "the prefix needs {needed} bytes from offset {offset} on and the region has {bytes}: register more"
-    )]
+    #[error("{needed} bytes are needed from offset {offset} on and the region has {bytes}: register more")]
     TooSmall {
         /// Decoded size, bytes.
         needed: u64,
@@ -68,13 +66,24 @@ pub enum RequestError {
     Layout(#[from] LayoutError),
     /// The page table ends too early, or is too long.
     #[error(
-        "a page table of {pages} pages does not hold a prefix of {tokens} tokens, or is longer than a fetch takes"
+        "a page table of {pages} pages does not hold {tokens} tokens, or is longer than a fetch or save takes"
     )]
     Table {
         /// Pages in the table.
         pages: usize,
         /// Tokens of the prefix.
         tokens: u32,
+    },
+    /// There is nothing to save.
+    #[error("the sequence has no tokens: there is nothing to save")]
+    NoTokens,
+    /// Not what chunks are made of.
+    #[error(
+        "elements of a cache in {element} cannot be saved, only bf16 and f16: they would have to be dequantized"
+    )]
+    Element {
+        /// The cache's element type.
+        element: ElementType,
     },
 }
 

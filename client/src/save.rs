@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use control::message::MAX_CHUNKS_PER_FETCH;
+use control::message::{MAX_CHUNKS_PER_FETCH, MAX_PAGES_PER_FETCH};
 use control::{
     CHUNK_TOKENS, ChunkPlace, Codec, Command, CommandError, Completion, Layout, NotSaved, Outcome,
     RegionView, SaveFrom, Shape,
@@ -47,27 +47,38 @@ impl<'a> SaveRequest<'a> {
         keys: &[Key],
         tokens: usize,
     ) -> Result<Self, RequestError> {
-        if tokens == 0 || keys.is_empty() {
-            return Err(RequestError::Empty);
-        }
-        let whole = usize::from(CHUNK_TOKENS);
-        if keys.len() > MAX_CHUNKS_PER_FETCH || keys.len() != tokens.div_ceil(whole) {
-            return Err(RequestError::TooMany { chunks: keys.len() });
-        }
-        let total = u32::try_from(tokens).map_err(|_| RequestError::TooMany { chunks: keys.len() })?;
+        let total = check(keys, tokens)?;
         let layout = Layout::sequence(&shape, total);
         let needed = u64::from(shape.layers) * 2 * u64::from(total) * shape.token_bytes();
         if needed > region.bytes() as u64 {
             return Err(RequestError::TooSmall { needed, offset: 0, bytes: region.bytes() });
         }
-        let chunks = keys.iter().enumerate().map(|(index, key)| {
-            let held = (tokens - index * whole).min(whole);
-            let tokens = u16::try_from(held).unwrap_or(CHUNK_TOKENS);
-            ChunkPlace { key: key.0, tokens, offset: (index * whole) as u64 * layout.token }
-        });
-        let chunks = chunks.collect();
+        let chunks = places(keys, tokens, layout.token);
         Ok(Self { region, shape, layout, codec, chunks, timeout: Duration::from_secs(10) })
     }
+}
+
+/// The tokens of a sequence, once it is known that a save takes it and that the keys are as many.
+fn check(keys: &[Key], tokens: usize) -> Result<u32, RequestError> {
+    if tokens == 0 || keys.is_empty() {
+        return Err(RequestError::NoTokens);
+    }
+    let too_many = RequestError::TooMany { chunks: keys.len() };
+    if keys.len() > MAX_CHUNKS_PER_FETCH || keys.len() != tokens.div_ceil(usize::from(CHUNK_TOKENS)) {
+        return Err(too_many);
+    }
+    u32::try_from(tokens).map_err(|_| too_many)
+}
+
+/// A sequence's chunks, each token `token` further on.
+fn places(keys: &[Key], tokens: usize, token: u64) -> Vec<ChunkPlace> {
+    let whole = usize::from(CHUNK_TOKENS);
+    let chunks = keys.iter().enumerate().map(|(index, key)| {
+        let held = (tokens - index * whole).min(whole);
+        let tokens = u16::try_from(held).unwrap_or(CHUNK_TOKENS);
+        ChunkPlace { key: key.0, tokens, offset: (index * whole) as u64 * token }
+    });
+    chunks.collect()
 }
 
 /// Which chunks to save out of a paged KV cache on a GPU, and until when.
@@ -86,6 +97,33 @@ pub struct SavePagesRequest<'a> {
     pub chunks: Vec<ChunkPlace>,
     /// The deadline, from when the data plane takes the save: it ends by then, done or failed.
     pub timeout: Duration,
+}
+
+impl<'a> SavePagesRequest<'a> {
+    /// All chunks of a sequence whose token `t` is in page `table[t / page_tokens]`. `keys` are [`crate::Client::keys`] of its
+    /// `tokens` tokens. Leave out the first ones of [`chunks`](Self::chunks) that are stored already.
+    ///
+    /// # Errors
+    /// When there are no tokens, too many, the table is too short, or the cache's elements are of no 16-bit type.
+    pub fn sequence(
+        cache: &'a PagedCache,
+        codec: Codec,
+        keys: &[Key],
+        tokens: usize,
+        table: Vec<u32>,
+    ) -> Result<Self, RequestError> {
+        let (total, kv) = (check(keys, tokens)?, cache.kv());
+        let held = table.len() as u64 * u64::from(kv.page_tokens);
+        if table.len() > MAX_PAGES_PER_FETCH || held < u64::from(total) {
+            return Err(RequestError::Table { pages: table.len(), tokens: total });
+        }
+        let element = kv.element;
+        let dtype = element.dtype().ok_or(RequestError::Element { element })?;
+        let layers = u16::try_from(kv.layers.len()).unwrap_or(u16::MAX);
+        let shape = Shape { layers, kv_heads: kv.kv_heads, head_dim: kv.head_dim, dtype };
+        let chunks = places(keys, tokens, 1);
+        Ok(Self { cache, shape, codec, table, chunks, timeout: Duration::from_secs(10) })
+    }
 }
 
 /// Sends the command.

@@ -486,7 +486,7 @@ fn what_was_saved_is_found() {
     assert!(matches!(refused, Err(RequestError::TooSmall { .. })), "{refused:?}");
     assert!(matches!(
         SaveRequest::sequence(&region, SHAPE, client::Codec::Int4, &[], 0),
-        Err(RequestError::Empty)
+        Err(RequestError::NoTokens)
     ));
     let mut outside = save_request(&client, &region, 600);
     outside.chunks[2].offset = region.bytes() as u64;

@@ -12,7 +12,7 @@ import random
 import tempfile
 
 import torch
-from lib import Cache, Cuda, cluster, compose, machine, tokens_of
+from lib import Cache, cluster, compose, machine, tokens_of
 from safetensors.torch import load_file
 
 
@@ -47,7 +47,7 @@ def main():
     file = compose(options.chunks, options.folder)
     (layers, tokens, heads, dim), _ = tokens_of(file)
     torch.zeros(1, device="cuda")
-    cuda, results = Cuda(), []
+    results = []
     cache = Cache("pages_nhd", layers, 2 * tokens // 16, 16, heads, dim, torch.bfloat16)
     table = random.Random(1).sample(range(cache.pages), tokens // 16)
     equal = None
@@ -56,7 +56,7 @@ def main():
                 tempfile.TemporaryDirectory() as folder:
             ready = running.ready()
             pages = pathlib.Path(folder) / "pages.json"
-            pages.write_text(json.dumps({"kv": cache.describe(cuda), "table": table}))
+            pages.write_text(json.dumps({"kv": cache.describe(), "table": table}))
             arguments = ["bench", "pages", "--pages", pages, "--tokens-from", file, "--chunks", 2, "--fetches", 4]
             if equal is None:
                 reference = pathlib.Path(folder) / "reference.safetensors"

@@ -10,7 +10,7 @@ import random
 import sys
 
 import torch
-from lib import Cache, Cuda
+from lib import Cache
 from safetensors.torch import load_file
 
 
@@ -24,7 +24,7 @@ def main():
     used = -(-tokens // 16)
     cache = Cache("pages_nhd", layers, 2 * used, 16, heads, dim, torch.bfloat16)
     table = random.Random(3).sample(range(cache.pages), used)
-    text = json.dumps({"kv": cache.describe(Cuda()), "table": table})
+    text = json.dumps({"kv": cache.describe(), "table": table})
     pathlib.Path(options.file).write_text(text)
     print("ready", flush=True)
     for line in sys.stdin:

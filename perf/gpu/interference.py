@@ -10,8 +10,8 @@ read of 30 GB of K and V, in one CUDA graph. Beside it run, in turn:
 - store and data plane over memif, at full speed (`end_to_end`): 16 CPUs do not reach every rate;
 - the data plane's sink alone, fed from memory (`shadowserve bench gpu --into`), at the delivered rate that belongs to each rate of encoded bits:
   what the GPU has to bear is the same, whatever feeds the sink;
-- decompression on the GPU at the same delivered rate: it copies the encoded bytes to the GPU and runs a Triton kernel that makes bf16 out of
-  4-bit codes and scatters it to pages, on another stream. It undoes no entropy coding, so a real one costs more.
+- decompression on the GPU at the same delivered rate (`on_gpu.py`): the same encoded chunks are copied to the GPU, nvCOMP decompresses
+  them, and a Triton kernel dequantizes and scatters, on streams beside that of the step: once of the same priority, once of a higher one.
 """
 import argparse
 import json
@@ -25,11 +25,14 @@ import threading
 import time
 
 import torch
-import triton
-import triton.language as tl
-from lib import BINARY, Cache, Cuda, cluster, compose, machine, tokens_of
+from lib import BINARY, Cache, cluster, compose, machine, tokens_of
+from on_gpu import OnGpu, encode
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, DIM, BATCH = 32, 4096, 14336, 32, 8, 128, 32
+
+
+# The baseline on streams of the step's own priority, and on such as go before it.
+BASELINES = {"on_gpu": 0, "on_gpu_first": -1}
 
 
 class Step:
@@ -76,62 +79,6 @@ class Step:
         return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
 
 
-@triton.jit
-def scatter(codes, scales, pages, table, plane_bytes, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """4-bit codes of one plane to bf16 in its pages: a scale and a zero per head vector of 128."""
-    plane, block = tl.program_id(0), tl.program_id(1)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    pair = tl.load(codes + plane * (ELEMENTS // 2) + at // 2)
-    code = ((pair >> ((at % 2) * 4)) & 15).to(tl.float32)
-    row = plane * (ELEMENTS // 128) + at // 128
-    value = code * tl.load(scales + 2 * row) + tl.load(scales + 2 * row + 1)
-    page_elements = 16 * 8 * 128
-    page = tl.load(table + plane * (ELEMENTS // page_elements) + at // page_elements).to(tl.int64)
-    tl.store(pages + page * page_elements + at % page_elements, value.to(tl.bfloat16))
-
-
-class OnGpu:
-    """Decompression on the GPU at a delivered rate."""
-
-    PLANES, ELEMENTS = 64, 256 * 8 * 128
-
-    def __init__(self, encoded_bytes_per_plane):
-        self.codes_host = torch.randint(0, 255, (self.PLANES, self.ELEMENTS // 2), dtype=torch.uint8).pin_memory()
-        self.wire_host = self.codes_host.view(-1)[: int(encoded_bytes_per_plane) * self.PLANES]
-        self.codes = self.codes_host.cuda()
-        self.scales = torch.rand(self.PLANES * self.ELEMENTS // 128 * 2, device="cuda", dtype=torch.float32)
-        self.pages = torch.zeros(4096 * 16 * 8 * 128, device="cuda", dtype=torch.bfloat16)
-        self.table = torch.randperm(4096, device="cuda")[: self.PLANES * 16].to(torch.int32)
-        self.stream = torch.cuda.Stream(priority=0)
-        self.stop = False
-        self.once()
-        torch.cuda.synchronize()
-
-    def once(self):
-        with torch.cuda.stream(self.stream):
-            self.codes.view(-1)[: self.wire_host.numel()].copy_(self.wire_host, non_blocking=True)
-            scatter[(self.PLANES, self.ELEMENTS // 1024)](self.codes, self.scales, self.pages, self.table, 0,
-                                                          ELEMENTS=self.ELEMENTS, BLOCK=1024)
-
-    def run(self, delivered_gbps):
-        """Keeps to the rate until told to stop; what it delivered, Gbps."""
-        bits = self.PLANES * self.ELEMENTS * 16
-        begun, done, events = time.perf_counter(), 0, []
-        while not self.stop:
-            if done * bits > (time.perf_counter() - begun) * delivered_gbps * 1e9:
-                time.sleep(2e-5)
-                continue
-            self.once()
-            done += 1
-            event = torch.cuda.Event()
-            event.record(self.stream)
-            events.append(event)
-            if len(events) > 8:
-                events.pop(0).synchronize()
-        self.stream.synchronize()
-        self.delivered_gbps = done * bits / (time.perf_counter() - begun) / 1e9
-
-
 def summary(times):
     ordered = sorted(times)
     return {"p50_ms": statistics.median(ordered), "p99_ms": ordered[int(len(ordered) * 0.99)], "steps": len(ordered)}
@@ -142,6 +89,7 @@ def main():
     parser.add_argument("--rates", default="10,20,40,100")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--batch-chunks", type=int, default=4, help="chunks that the baseline decompresses at once")
     parser.add_argument("--kv-gbytes", type=float, default=30)
     parser.add_argument("--lcores", default="rx@2-3,dma@4,decode@5-14")
     parser.add_argument("--store-lcores", default="0+1")
@@ -161,7 +109,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         pages = pathlib.Path(folder) / "pages.json"
-        pages.write_text(json.dumps({"kv": cache.describe(Cuda()), "table": table}))
+        pages.write_text(json.dumps({"kv": cache.describe(), "table": table}))
 
         def beside(command, seconds):
             """Step times while a command runs, and what the command reports."""
@@ -173,6 +121,17 @@ def main():
                 raise SystemExit(f"{command}: {said[1][-1000:]}")
             return times, json.loads(said[0])
 
+        def beside_baseline(priority, delivered_gbps):
+            """Step times while chunks are decompressed on the GPU, and how much was delivered."""
+            baseline.stop, reached = False, []
+            thread = threading.Thread(target=lambda: reached.append(baseline.run(delivered_gbps, priority=priority)))
+            thread.start()
+            time.sleep(0.2)
+            times = summary(step.times(options.steps))
+            baseline.stop = True
+            thread.join()
+            return times, reached[0]
+
         before = alone()
         duration_ms = int(1000 + options.steps * before["p50_ms"] * 1.3)
         with cluster(file, options.lcores, options.store_lcores, slots=48, mbufs=32768, window=4096) as running:
@@ -181,30 +140,28 @@ def main():
                                    "--duration-ms", duration_ms, "--socket", running.socket], duration_ms / 1000)
         end_to_end = {"encoded_gbps": report["encoded_gbps"], "delivered_gbps": report["delivered_gbps"], "alone": before,
                       "ours": ours, "ours_over_alone_p50": ours["p50_ms"] / before["p50_ms"]}
+        encode(file, pathlib.Path(folder) / "chunks")
+        baseline = OnGpu(pathlib.Path(folder) / "chunks", options.batch_chunks)
         for rate in [float(rate) for rate in options.rates.split(",")]:
             before = alone()
             ours, report = beside(["bench", "gpu", "--into", pages, "--delivered-gbps", rate * ratio, "--duration-ms", duration_ms],
                                   duration_ms / 1000)
             between = alone()
-            baseline = OnGpu(OnGpu.ELEMENTS * 2 / ratio)
-            thread = threading.Thread(target=baseline.run, args=(report["delivered_gbps"],))
-            thread.start()
-            time.sleep(0.2)
-            on_gpu = summary(step.times(options.steps))
-            baseline.stop = True
-            thread.join()
+            decompressed, reached = {}, {}
+            for name, priority in BASELINES.items():
+                decompressed[name], reached[name] = beside_baseline(priority, report["delivered_gbps"])
             after = alone()
             base = {part: statistics.median(run[part] for run in (before, between, after)) for part in ("p50_ms", "p99_ms")}
             results.append({
                 "encoded_gbps": rate, "delivered_gbps": report["delivered_gbps"], "alone": [before, between, after], "ours": ours,
-                "on_gpu": on_gpu, "on_gpu_delivered_gbps": baseline.delivered_gbps,
+                **decompressed, **{f"{name}_delivered_gbps": gbps for name, gbps in reached.items()},
                 **{f"{name}_over_alone_{part[:3]}": run[part] / base[part]
-                   for name, run in (("ours", ours), ("on_gpu", on_gpu)) for part in ("p50_ms", "p99_ms")},
+                   for name, run in (("ours", ours), *decompressed.items()) for part in ("p50_ms", "p99_ms")},
             })
             row = results[-1]
-            print(f"{rate:5.0f} encoded, {row['delivered_gbps']:6.1f} delivered: alone {base['p50_ms']:.2f} ms, "
-                  f"ours {ours['p50_ms']:.2f} ({row['ours_over_alone_p50']:.3f}), on GPU {on_gpu['p50_ms']:.2f} "
-                  f"({row['on_gpu_over_alone_p50']:.3f} at {baseline.delivered_gbps:.0f} delivered)", file=sys.stderr, flush=True)
+            print(f"{rate:5.0f} encoded, {row['delivered_gbps']:6.1f} delivered: alone {base['p50_ms']:.2f} ms, ours {row['ours_over_alone_p50']:.3f}, "
+                  + ", ".join(f"{name} {row[name + '_over_alone_p50']:.3f} at {reached[name]:.0f} delivered" for name in BASELINES),
+                  file=sys.stderr, flush=True)
     if options.plot:
         draw(results, options.plot)
     print(json.dumps({"machine": machine(), "step": {"weights_gbytes": 16, "kv_gbytes": options.kv_gbytes},
@@ -216,14 +173,15 @@ def draw(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axis = pyplot.subplots(figsize=(6, 4))
-    x = [row["delivered_gbps"] for row in results]
-    axis.plot(x, [100 * (row["ours_over_alone_p50"] - 1) for row in results], "o-", label="copy engine, no kernel (ShadowServe)")
-    axis.plot([row["on_gpu_delivered_gbps"] for row in results],
-              [100 * (row["on_gpu_over_alone_p50"] - 1) for row in results], "s--", label="dequantize and scatter on the GPU")
+    lines = [("ours", "delivered_gbps", "o-", "copy engine, no kernel (ShadowServe)"),
+             ("on_gpu", "on_gpu_delivered_gbps", "s--", "decompression on the GPU (nvCOMP)"),
+             ("on_gpu_first", "on_gpu_first_delivered_gbps", "^:", "the same, of higher priority than the step")]
+    for name, x, style, label in lines:
+        axis.plot([row[x] for row in results], [100 * (row[f"{name}_over_alone_p50"] - 1) for row in results], style, label=label)
     axis.set_xlabel("bf16 KV delivered, Gbps")
     axis.set_ylabel("decode step longer than alone, % (p50)")
     axis.axhline(2, color="grey", linewidth=0.5)
-    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    axis.set_yscale("symlog", linthresh=2)
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

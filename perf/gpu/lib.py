@@ -1,43 +1,16 @@
 """What the scripts of this folder share: store and data plane as processes, and GPU memory as they are told of it."""
 import contextlib
-import ctypes
 import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 BINARY = os.environ.get("SHADOWSERVE", str(ROOT / "target/release/shadowserve"))
-SCALE_ONE = 0x3F800000  # 1.0 as the control protocol writes it
-
-
-class Cuda:
-    """The few calls of the driver that PyTorch does not offer."""
-
-    def __init__(self):
-        self.lib = ctypes.CDLL("libcuda.so.1")
-
-    def check(self, code, call):
-        if code:
-            raise RuntimeError(f"{call}: CUDA error {code}")
-
-    def export(self, pointer):
-        """Handle, size and base address of the allocation that `pointer` lies in."""
-        base, size = ctypes.c_uint64(), ctypes.c_size_t()
-        self.check(self.lib.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer)),
-                   "cuMemGetAddressRange")
-        handle = (ctypes.c_ubyte * 64)()
-        self.check(self.lib.cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(base.value)), "cuIpcGetMemHandle")
-        return bytes(handle), size.value, base.value
-
-    def uuid(self, ordinal=0):
-        device, uuid = ctypes.c_int(), (ctypes.c_ubyte * 16)()
-        self.check(self.lib.cuDeviceGet(ctypes.byref(device), ordinal), "cuDeviceGet")
-        self.check(self.lib.cuDeviceGetUuid_v2(ctypes.byref(uuid), device), "cuDeviceGetUuid")
-        return list(uuid)
 
 
 class Cache:
@@ -75,32 +48,28 @@ class Cache:
             return tensor[:, layer, 0], tensor[:, layer, 1]
         return tensor[:, :, :, 0], tensor[:, :, :, 1]
 
-    def describe(self, cuda):
-        """The cache for `shadowserve bench pages`: everything from the tensors' own addresses and strides."""
-        import torch
-        allocations, indices = [], {}
-        size = self.tensors[0].element_size()
+    def description(self):
+        """The cache for `Client.register_pages`."""
+        import shadowserve
+        layers = [self.views(layer) for layer in range(self.layers)]
+        return shadowserve.describe_pages(layers, [(self.scale, self.scale)] * self.layers)
 
-        def base(view):
-            handle, total, start = cuda.export(view.data_ptr())
-            if start not in indices:
-                indices[start] = len(allocations)
-                allocations.append({"handle": [list(handle[:32]), list(handle[32:])], "bytes": total})
-            bits = int.from_bytes(ctypes.c_float(self.scale), "little")
-            return {"allocation": indices[start], "offset": view.data_ptr() - start, "scale": bits}
+    def describe(self):
+        """The same for `shadowserve bench pages`, as the control protocol has it."""
+        found = self.description()
 
-        def strides(view):
-            page, token, head, element = (stride * size for stride in view.stride())
-            assert element == size, "a head's vector is one run"
-            return {"page": page, "token": token, "head": head}
+        def strides(side):
+            return dict(zip(("page", "token", "head"), found[f"{side}_strides"]))
 
-        layers = [dict(zip("kv", map(base, self.views(layer)))) for layer in range(self.layers)]
-        k, v = self.views(0)
-        names = {torch.bfloat16: "Bf16", torch.float16: "F16", torch.float8_e4m3fn: "Fp8E4m3"}
+        def base(allocation, offset, scale):
+            return {"allocation": allocation, "offset": offset, "scale": struct.unpack("<I", struct.pack("<f", scale))[0]}
+
+        names = {"bf16": "Bf16", "f16": "F16", "fp8_e4m3": "Fp8E4m3"}
+        same = {name: found[name] for name in ("device", "page_tokens", "pages", "kv_heads", "head_dim")}
         return {
-            "device": cuda.uuid(), "allocations": allocations, "element": names[self.dtype],
-            "page_tokens": self.page_tokens, "pages": self.pages, "kv_heads": self.heads, "head_dim": self.dim,
-            "k": strides(k), "v": strides(v), "layers": layers,
+            **same, "element": names[found["element"]], "k": strides("k"), "v": strides("v"),
+            "allocations": [{"handle": [list(handle[:32]), list(handle[32:])], "bytes": size} for handle, size in found["allocations"]],
+            "layers": [dict(zip("kv", (base(*place) for place in pair))) for pair in found["layers"]],
         }
 
     def gather(self, table, tokens):
@@ -121,7 +90,7 @@ class Cluster:
     """A store and a data plane, joined by net_memif, in a folder of their own."""
 
     def __init__(self, file, lcores, store_lcores="0", codec="int4", window=2048, slots=None, flags=(), environment=None,
-                 mbufs=None):
+                 mbufs=None, store_flags=()):
         self.folder = tempfile.TemporaryDirectory(prefix="shadowserve-perf-")
         self.file, self.codec = file, codec
         path = pathlib.Path(self.folder.name)
@@ -138,7 +107,7 @@ class Cluster:
             plane += ["--slots", str(slots)]
         store = [
             "store", "--port", port.format("client", path / "memif.sock"), "--ip", "10.99.0.1/24", "--load", str(file),
-            "--codec", codec, "--lcores", store_lcores,
+            "--codec", codec, "--lcores", store_lcores, *store_flags,
         ]
         self.processes = []
         self.plane = self.start("dataplane", plane, environment)

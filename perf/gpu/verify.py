@@ -11,7 +11,7 @@ import random
 import tempfile
 
 import torch
-from lib import ROOT, Cache, Cuda, cluster, machine, tokens_of
+from lib import ROOT, Cache, cluster, machine, tokens_of
 from safetensors.torch import load_file
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -22,7 +22,7 @@ def main():
     parser.add_argument("--file", default=ROOT / "perf/samples/smollm2-135m-kv-640.safetensors")
     options = parser.parse_args()
     (layers, tokens, heads, dim), dtype = tokens_of(options.file)
-    cuda, results = Cuda(), []
+    results = []
     torch.cuda.init()
     torch.zeros(1, device="cuda")
     for codec in ("int4", "raw"):
@@ -41,7 +41,7 @@ def main():
                 cache = Cache(order, layers, 2 * used + 3, page_tokens, heads, dim, element, scale)
                 table = random.Random(7).sample(range(cache.pages), used)
                 pages = pathlib.Path(folder) / "pages.json"
-                pages.write_text(json.dumps({"kv": cache.describe(cuda), "table": table}))
+                pages.write_text(json.dumps({"kv": cache.describe(), "table": table}))
                 torch.cuda.synchronize()
                 report = running.run("bench", "pages", "--pages", pages, "--tokens-from", options.file, "--codec", codec)
                 k, v = cache.gather(table, tokens)

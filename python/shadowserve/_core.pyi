@@ -55,6 +55,21 @@ class Fetch:
     def wait(self, timeout: Optional[float] = None) -> Report: ...
     def cancel(self) -> None: ...
 
+class SaveReport:
+    outcome: str
+    stored: int
+    already_stored: int
+    encoded_bytes: int
+    not_saved: list[tuple[int, str]]
+    message: str
+    seconds: float
+    def __bool__(self) -> bool: ...
+
+class Save:
+    def poll(self) -> Optional[SaveReport]: ...
+    def wait(self, timeout: Optional[float] = None) -> SaveReport: ...
+    def cancel(self) -> None: ...
+
 class Client:
     data_plane: str
     lost: Optional[str]
@@ -79,4 +94,16 @@ class Client:
         self, prefix: Prefix, cache: PagedCache, table: Sequence[int], skip: int = 0, timeout: float = 5
     ) -> Fetch: ...
     def fetch_ring(self, prefix: Prefix, ring: Ring, timeout: float = 5) -> Fetch: ...
+    def save(
+        self,
+        tokens: Sequence[int],
+        region: Region,
+        shape: tuple[int, int, int],
+        dtype: str = "bf16",
+        skip: int = 0,
+        timeout: float = 10,
+    ) -> Save: ...
+    def save_pages(
+        self, tokens: Sequence[int], cache: PagedCache, table: Sequence[int], skip: int = 0, timeout: float = 10
+    ) -> Save: ...
     def stats(self) -> str: ...

@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use client::{ClientConfig, FetchRequest, Namespace, PagesRequest, RingRequest};
+use client::{
+    ChunkPlace, ClientConfig, Codec, Dtype, FetchRequest, Namespace, PagesRequest, RingRequest,
+    SavePagesRequest, SaveRequest, Shape,
+};
 use pyo3::prelude::*;
 
 use crate::errors;
@@ -11,6 +14,7 @@ use crate::fetch::Fetch;
 use crate::gpu::{PagedCache, PagedDescription, Ring, RingDescription};
 use crate::prefix::Prefix;
 use crate::region::Region;
+use crate::save::Save;
 use crate::seconds::Seconds;
 
 /// One session with the data plane on this machine. Any number of threads may use it. Connect after a fork.
@@ -18,7 +22,10 @@ use crate::seconds::Seconds;
 /// `model`, `layout`, `codec`, `rank` and `salt` say whose chunks: they must be what the chunks were stored
 /// under, or nothing is ever found.
 #[pyclass(frozen, module = "shadowserve")]
-pub(crate) struct Client(Arc<client::Client>);
+pub(crate) struct Client {
+    client: Arc<client::Client>,
+    codec: String,
+}
 
 #[pymethods]
 impl Client {
@@ -39,22 +46,22 @@ impl Client {
         timeout: Seconds,
         spin: Seconds,
     ) -> PyResult<Self> {
-        let namespace = Namespace { model, layout, codec, rank, salt };
+        let namespace = Namespace { model, layout, codec: codec.clone(), rank, salt };
         let config = ClientConfig { timeout: timeout.0, spin: spin.0, ..ClientConfig::new(namespace) };
         let client = py.detach(|| client::Client::connect(socket, &config)).map_err(errors::connect)?;
-        Ok(Self(Arc::new(client)))
+        Ok(Self { client: Arc::new(client), codec })
     }
 
     /// Name and version of the data plane.
     #[getter]
     fn data_plane(&self) -> &str {
-        self.0.data_plane()
+        self.client.data_plane()
     }
 
     /// Why the session is over, or `None` while it is not.
     #[getter]
     fn lost(&self) -> Option<String> {
-        self.0.lost().map(|lost| lost.to_string())
+        self.client.lost().map(|lost| lost.to_string())
     }
 
     /// How much of this token sequence is stored. Waits at most `timeout` seconds.
@@ -62,13 +69,13 @@ impl Client {
     #[expect(clippy::needless_pass_by_value, reason = "converted from a list of Python's")]
     fn lookup(&self, py: Python<'_>, tokens: Vec<i32>, timeout: Seconds) -> PyResult<Prefix> {
         let found =
-            py.detach(|| self.0.lookup(&tokens, timeout.0)).map_err(|error| errors::lookup(&error))?;
+            py.detach(|| self.client.lookup(&tokens, timeout.0)).map_err(|error| errors::lookup(&error))?;
         Ok(Prefix(found))
     }
 
     /// Host memory that fetches may write to, `nbytes` or a little more. Costs milliseconds: do it at start.
     fn register(&self, py: Python<'_>, nbytes: usize) -> PyResult<Region> {
-        let region = py.detach(|| self.0.register(nbytes)).map_err(|error| errors::register(&error))?;
+        let region = py.detach(|| self.client.register(nbytes)).map_err(|error| errors::register(&error))?;
         Ok(Region(region))
     }
 
@@ -80,7 +87,7 @@ impl Client {
         let region = &region.get().0;
         let mut request = FetchRequest::sequence(&prefix.0, region).map_err(errors::value)?;
         request.timeout = timeout.0;
-        let fetch = self.0.fetch(&request).map_err(|error| errors::fetch(&error))?;
+        let fetch = self.client.fetch(&request).map_err(|error| errors::fetch(&error))?;
         Ok(Fetch::new(fetch, target))
     }
 
@@ -88,7 +95,7 @@ impl Client {
     #[expect(clippy::needless_pass_by_value, reason = "converted from a dictionary of Python's")]
     fn register_pages(&self, py: Python<'_>, description: PagedDescription) -> PyResult<PagedCache> {
         let kv = description.kv()?;
-        let cache = py.detach(|| self.0.register_pages(kv)).map_err(|error| errors::register(&error))?;
+        let cache = py.detach(|| self.client.register_pages(kv)).map_err(|error| errors::register(&error))?;
         Ok(PagedCache(cache))
     }
 
@@ -96,7 +103,8 @@ impl Client {
     #[expect(clippy::needless_pass_by_value, reason = "converted from a dictionary of Python's")]
     fn register_ring(&self, py: Python<'_>, description: RingDescription) -> PyResult<Ring> {
         let config = description.config()?;
-        let ring = py.detach(|| self.0.register_ring(&config)).map_err(|error| errors::register(&error))?;
+        let ring =
+            py.detach(|| self.client.register_ring(&config)).map_err(|error| errors::register(&error))?;
         Ok(Ring(ring))
     }
 
@@ -115,7 +123,7 @@ impl Client {
         let mut request =
             PagesRequest::suffix(&prefix.0, &cache.get().0, table, skip).map_err(errors::value)?;
         request.timeout = timeout.0;
-        let fetch = self.0.fetch_pages(&request).map_err(|error| errors::fetch(&error))?;
+        let fetch = self.client.fetch_pages(&request).map_err(|error| errors::fetch(&error))?;
         Ok(Fetch::new(fetch, target))
     }
 
@@ -125,12 +133,87 @@ impl Client {
         let target = ring.clone().into_any().unbind();
         let mut request = RingRequest::prefix(&prefix.0, &ring.get().0).map_err(errors::value)?;
         request.timeout = timeout.0;
-        let fetch = self.0.fetch_ring(&request).map_err(|error| errors::fetch(&error))?;
+        let fetch = self.client.fetch_ring(&request).map_err(|error| errors::fetch(&error))?;
         Ok(Fetch::new(fetch, target))
+    }
+
+    /// Starts saving a sequence out of a region that holds it as `fetch` would have delivered it: all of K and then all of V, each
+    /// `[layers, tokens, kv_heads, head_dim]`, `shape` being `(layers, kv_heads, head_dim)` and `dtype` `"bf16"` or `"f16"`. The
+    /// first `skip` chunks, which a lookup found stored, are left out. Do not write there before it has ended.
+    #[pyo3(signature = (tokens, region, shape, dtype="bf16", skip=0, timeout=Seconds::new(10)))]
+    #[expect(clippy::needless_pass_by_value, reason = "converted from a list of Python's")]
+    fn save(
+        &self,
+        tokens: Vec<i32>,
+        region: &Bound<'_, Region>,
+        shape: (u16, u16, u16),
+        dtype: &str,
+        skip: usize,
+        timeout: Seconds,
+    ) -> PyResult<Save> {
+        let source = region.clone().into_any().unbind();
+        let (layers, kv_heads, head_dim) = shape;
+        let shape = Shape { layers, kv_heads, head_dim, dtype: element_type(dtype)? };
+        let (keys, codec) = (self.client.keys(&tokens), self.codec()?);
+        let mut request = SaveRequest::sequence(&region.get().0, shape, codec, &keys, tokens.len())
+            .map_err(errors::value)?;
+        leave_out(&mut request.chunks, skip)?;
+        request.timeout = timeout.0;
+        let save = self.client.save(&request).map_err(|error| errors::save(&error))?;
+        Ok(Save::new(save, source))
+    }
+
+    /// Starts saving a sequence out of pages of a KV cache on a GPU: token `t` is in page `table[t // page_tokens]`. Elements must
+    /// be bf16 or f16. The first `skip` chunks are left out. Do not write to the pages before it has ended.
+    #[pyo3(signature = (tokens, cache, table, skip=0, timeout=Seconds::new(10)))]
+    #[expect(clippy::needless_pass_by_value, reason = "converted from a list of Python's")]
+    fn save_pages(
+        &self,
+        tokens: Vec<i32>,
+        cache: &Bound<'_, PagedCache>,
+        table: Vec<u32>,
+        skip: usize,
+        timeout: Seconds,
+    ) -> PyResult<Save> {
+        let source = cache.clone().into_any().unbind();
+        let (keys, codec) = (self.client.keys(&tokens), self.codec()?);
+        let mut request = SavePagesRequest::sequence(&cache.get().0, codec, &keys, tokens.len(), table)
+            .map_err(errors::value)?;
+        leave_out(&mut request.chunks, skip)?;
+        request.timeout = timeout.0;
+        let save = self.client.save_pages(&request).map_err(|error| errors::save(&error))?;
+        Ok(Save::new(save, source))
     }
 
     /// The data plane's counters and latencies, as JSON.
     fn stats(&self, py: Python<'_>) -> PyResult<String> {
-        py.detach(|| self.0.stats()).map_err(|error| errors::Error::new_err(error.to_string()))
+        py.detach(|| self.client.stats()).map_err(|error| errors::Error::new_err(error.to_string()))
     }
+}
+
+impl Client {
+    /// How what is saved is to be encoded.
+    fn codec(&self) -> PyResult<Codec> {
+        self.codec.parse().map_err(errors::value)
+    }
+}
+
+fn element_type(name: &str) -> PyResult<Dtype> {
+    match name {
+        "bf16" => Ok(Dtype::Bf16),
+        "f16" => Ok(Dtype::F16),
+        _ => Err(errors::value(format!("elements of {name} cannot be saved: use bf16 or f16"))),
+    }
+}
+
+/// Leaves out the first chunks; what is left must be something.
+fn leave_out(chunks: &mut Vec<ChunkPlace>, skip: usize) -> PyResult<()> {
+    if skip >= chunks.len() {
+        let held = chunks.len();
+        return Err(errors::value(format!(
+            "nothing is left to save: skip is {skip}, the sequence has {held} chunks"
+        )));
+    }
+    chunks.drain(..skip);
+    Ok(())
 }

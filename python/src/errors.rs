@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use client::{FetchError, LookupError, RegisterError};
+use client::{FetchError, LookupError, Outcome, RegisterError, SaveError};
 use pyo3::PyErr;
 use pyo3::create_exception;
 use pyo3::exceptions::{PyException, PyTimeoutError, PyValueError};
@@ -57,5 +57,23 @@ pub(crate) fn fetch(error: &FetchError) -> PyErr {
         FetchError::StillUnderWay { .. } => PyTimeoutError::new_err(error.to_string()),
         FetchError::Invalid(_) | FetchError::ForeignRegion => value(error),
         _ => refused(error),
+    }
+}
+
+pub(crate) fn save(error: &SaveError) -> PyErr {
+    match error {
+        SaveError::Lost(_) => lost(error),
+        SaveError::StillUnderWay { .. } => PyTimeoutError::new_err(error.to_string()),
+        SaveError::Invalid(_) | SaveError::ForeignRegion => value(error),
+        _ => refused(error),
+    }
+}
+
+/// An outcome as Python sees it.
+pub(crate) fn outcome(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Done => "done",
+        Outcome::Failed => "failed",
+        Outcome::Cancelled => "cancelled",
     }
 }

@@ -66,11 +66,7 @@ impl Report {
     /// `"done"`, `"failed"` or `"cancelled"`.
     #[getter]
     fn outcome(&self) -> &'static str {
-        match self.0.outcome {
-            Outcome::Done => "done",
-            Outcome::Failed => "failed",
-            Outcome::Cancelled => "cancelled",
-        }
+        errors::outcome(self.0.outcome)
     }
 
     /// Planes delivered.

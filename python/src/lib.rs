@@ -9,6 +9,7 @@ mod fetch;
 mod gpu;
 mod prefix;
 mod region;
+mod save;
 mod seconds;
 
 use pyo3::prelude::*;
@@ -27,4 +28,6 @@ mod core {
     use super::prefix::Prefix;
     #[pymodule_export]
     use super::region::Region;
+    #[pymodule_export]
+    use super::save::{Save, SaveReport};
 }

@@ -39,17 +39,17 @@ class Kv:
 
 
 class Cluster:
-    """One store with the sample, raw, and one data plane."""
+    """One store, with the sample, raw, unless told otherwise, and one data plane."""
 
     codec = "raw"
 
-    def __init__(self, folder):
+    def __init__(self, folder, store=None):
         self.folder = folder
         self.socket = folder / "control.sock"
         self.processes = {}
         self.start("dataplane", "server", "10.99.0.2/24", "--store", "10.99.0.1:4791", "--socket", str(self.socket),
                    "--lcores", "rx@0,decode@0,dma@0")
-        self.start("store", "client", "10.99.0.1/24", "--load", str(SAMPLE), "--codec", self.codec)
+        self.start("store", "client", "10.99.0.1/24", *(store or ["--load", str(SAMPLE), "--codec", self.codec]))
         self.wait_until("the data plane listens", self.socket.exists)
 
     def start(self, role, memif_role, address, *flags):
@@ -84,7 +84,19 @@ def kv():
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.stop()
+def new_cluster(tmp_path):
+    """Makes a cluster, with flags of one's own for its store."""
+    made = []
+
+    def make(**options):
+        made.append(Cluster(tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.stop()
+
+
+@pytest.fixture
+def cluster(new_cluster):
+    return new_cluster()

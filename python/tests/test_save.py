@@ -1,0 +1,122 @@
+"""Saving from Python, against a real store and data plane: what is saved is what another client finds."""
+
+import pytest
+
+import shadowserve
+
+@pytest.fixture
+def saving(tmp_path, new_cluster):
+    return new_cluster(store=["--memory-mib", "64"])
+
+
+def connect(cluster, **options):
+    return shadowserve.Client(cluster.socket, codec=cluster.codec, **options)
+
+
+def placed(client, kv):
+    """A region with the sample's K and V, without NumPy."""
+    k, v = kv.bytes("k"), kv.bytes("v")
+    region = client.register(len(k) + len(v))
+    shape = kv.shape("k")
+    view = [memoryview(data).cast("H").cast("B").cast("H", shape) for data in (k, v)]
+    assert shadowserve.place(region, *view) == (shape[0], shape[2], shape[3])
+    return region, (shape[0], shape[2], shape[3])
+
+
+def save_all(cluster, client, kv):
+    """Once the store answers: a save of the whole sample."""
+    region, shape = placed(client, kv)
+    ended = []
+
+    def done():
+        ended.append(client.save(kv.tokens, region, shape, timeout=5).wait())
+        return bool(ended[-1])
+
+    cluster.wait_until("the sample is saved", done)
+    return ended[-1]
+
+
+def test_what_is_saved_is_what_another_client_fetches(saving, kv):
+    client = connect(saving)
+    report = save_all(saving, client, kv)
+    chunks = -(-len(kv.tokens) // 256)
+    assert report.outcome == "done" and report.not_saved == [] and report.message == ""
+    assert report.stored + report.already_stored == chunks and report.encoded_bytes >= 0
+    other = connect(saving)
+    prefix = other.lookup(kv.tokens)
+    assert prefix.is_whole and prefix.dtype == "bf16"
+    region = other.register(prefix.sequence_bytes)
+    assert other.fetch(prefix, region).wait()
+    assert region.read(0, prefix.sequence_bytes) == kv.bytes("k") + kv.bytes("v")
+
+
+def test_a_second_save_finds_everything_stored(saving, kv):
+    client = connect(saving)
+    save_all(saving, client, kv)
+    region, shape = placed(client, kv)
+    report = client.save(kv.tokens, region, shape, skip=1).wait()
+    assert (report.stored, report.already_stored) == (0, len(kv.tokens) // 256)
+    assert repr(report).startswith("SaveReport(done, 0 chunks stored, 2 before")
+
+
+def test_poll_ends_with_the_report_that_wait_gives(saving, kv):
+    client = connect(saving)
+    region, shape = placed(client, kv)
+    save, ended = client.save(kv.tokens, region, shape), []
+    saving.wait_until("the save has ended", lambda: ended.append(save.poll()) or ended[-1] is not None)
+    assert repr(save.wait(0)) == repr(ended[-1])
+
+
+def test_a_store_that_takes_nothing_is_named(cluster, kv):
+    client = connect(cluster, salt="not stored yet")
+    cluster.wait_until("the store answers", lambda: answers(client, kv))
+    region, shape = placed(client, kv)
+    report = client.save(kv.tokens, region, shape, timeout=5).wait()
+    assert not report and report.outcome == "failed" and "--memory-mib" in report.message
+    assert [chunk for chunk, _ in report.not_saved] == [0, 1, 2]
+
+
+def answers(client, kv):
+    try:
+        client.lookup(kv.tokens, timeout=0.3)
+    except shadowserve.Error:
+        return False
+    return True
+
+
+def test_what_cannot_be_saved_is_refused_with_the_reason(cluster, kv):
+    client = connect(cluster)
+    region, shape = placed(client, kv)
+    for arguments, reason in [
+        (([], region, shape), "no tokens"),
+        ((kv.tokens, client.register(4096), (64, 8, 128)), "register more"),
+        ((kv.tokens, region, shape, "fp8_e4m3"), "bf16 or f16"),
+        ((kv.tokens, region, shape, "bf16", 3), "nothing is left to save"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            client.save(*arguments)
+    with pytest.raises(ValueError, match="another client"):
+        connect(cluster).save(kv.tokens, region, shape)
+    profile = shadowserve.Client(cluster.socket, codec="profile-00")
+    with pytest.raises(ValueError, match="no codec"):
+        profile.save(kv.tokens, profile.register(region.nbytes), shape)
+
+
+def test_what_cannot_be_placed_is_refused_with_the_reason(cluster, kv):
+    region = connect(cluster).register(4096)
+    numpy = pytest.importorskip("numpy", reason="NumPy is not installed")
+    good = numpy.zeros((1, 2, 1, 4), numpy.uint16)
+    for k, v, reason in [
+        (good, good[:, :1], "both alike"),
+        (good[0], good[0], "both alike"),
+        (good.astype(numpy.float32), good, "32 bits"),
+        (good[:, :, :, ::2], good, "one after the other"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            shadowserve.place(region, k, v)
+    large = numpy.zeros((1, 1, 1, region.nbytes), numpy.uint16)
+    with pytest.raises(ValueError, match="register more"):
+        shadowserve.place(region, large, large)
+    k, v = numpy.arange(8, dtype=numpy.uint16).reshape(good.shape), numpy.arange(8, 16, dtype=numpy.uint16).reshape(good.shape)
+    assert shadowserve.place(region, k, v) == (1, 1, 4)
+    assert region.read(0, 32) == numpy.arange(16, dtype="<u2").tobytes()
