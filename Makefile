@@ -9,7 +9,7 @@ VENV := target/python
 HUGEMEM_MIB ?= 1024
 # How long `make fuzz` runs each target, and which; the sanitizer needs what stable Rust only has with RUSTC_BOOTSTRAP.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= chunk plane_none plane_zstd plane_deflate control wire serve
+FUZZ_TARGETS ?= chunk plane_none plane_zstd plane_deflate plane_sliced control wire serve
 # What `make demo` fetches and how: empty means the sample inside the binary.
 INPUT ?=
 CODEC ?= int4

@@ -113,7 +113,7 @@ pub(crate) struct CodecFlags {
     /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
     #[arg(long, value_name = "CODEC", default_value = "int4", conflicts_with = "profile")]
     pub(crate) codec: Codec,
-    /// How codes are compressed: zstd, none (larger, and several times faster to decode), or deflate (for compression devices)
+    /// How codes are compressed: zstd, sliced (as small, and several times faster to decode), none (larger, and faster still), or deflate (for compression devices)
     #[arg(long, value_name = "COMPRESSION", default_value = "zstd", conflicts_with = "profile")]
     pub(crate) compression: Compression,
     /// Encode each layer's K and V as this file says, which `shadowserve encode --make-profile` writes

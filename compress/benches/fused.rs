@@ -11,9 +11,10 @@ mod planes;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use compress::kernels::{Job, Packing, dequantize};
+use compress::kernels::{Job, Packing, dequantize, sliced};
 use compress::{
-    ChunkView, Codec, Compression, Encoder, Isa, OutDtype, PlaneCodec, Quantizer, Shape, write_zeros,
+    ChunkView, Codec, Compression, Encoder, Isa, OutDtype, PlaneCodec, Quantizer, SectionReader, Shape,
+    write_zeros,
 };
 use planes::Planes;
 use planes::bare::SEGMENT_BYTES;
@@ -30,6 +31,7 @@ struct Plane {
     offsets: Vec<f32>,
     codes: Vec<u8>,
     whole: Vec<u8>,
+    sliced: Vec<u8>,
     with_dictionary: Vec<u8>,
     dictionary: Option<DDict<'static>>,
     /// By size of block, frames one after another.
@@ -100,6 +102,7 @@ fn uncompressed(chunk: &Planes) -> Vec<Plane> {
             offsets: widen(offsets),
             codes: codes.to_vec(),
             whole: vec![],
+            sliced: vec![],
             with_dictionary: vec![],
             dictionary: None,
             blocks: vec![],
@@ -111,6 +114,7 @@ fn uncompressed(chunk: &Planes) -> Vec<Plane> {
 fn with_frames(mut plane: Plane, sample: &[u8]) -> Plane {
     let mut zstd = context(1);
     plane.whole = compress(&mut zstd, &plane.codes);
+    plane.sliced = sliced(&plane.codes);
     plane.blocks = BLOCK_KIB
         .iter()
         .map(|kib| plane.codes.chunks(kib << 10).map(|block| compress(&mut zstd, block)).collect())
@@ -130,6 +134,7 @@ fn with_frames(mut plane: Plane, sample: &[u8]) -> Plane {
 /// What a thread needs to decode.
 struct Work {
     isa: Isa,
+    sections: SectionReader,
     zstd: DCtx<'static>,
     linear: Vec<u8>,
     scratch: Vec<u8>,
@@ -254,7 +259,23 @@ fn alone_streaming(work: &mut Work, plane: &Plane, out: &mut [u8]) {
     dequantize(work.isa, &plane.job(&plane.codes, 0, true), &mut work.row, out);
 }
 
-const WAYS: [(&str, Way); 21] = [
+fn bare_sliced(work: &mut Work, plane: &Plane, _: &mut [u8]) {
+    let bytes = plane.codes.len();
+    let read = work.sections.read(Compression::Sliced, &plane.sliced, bytes, &mut work.scratch);
+    read.expect("what was encoded");
+}
+
+fn whole_sliced(work: &mut Work, plane: &Plane, out: &mut [u8]) {
+    bare_sliced(work, plane, out);
+    work.dequantize(plane, 0, plane.codes.len(), false, out);
+}
+
+fn whole_sliced_streaming(work: &mut Work, plane: &Plane, out: &mut [u8]) {
+    bare_sliced(work, plane, out);
+    work.dequantize(plane, 0, plane.codes.len(), true, out);
+}
+
+const WAYS: [(&str, Way); 24] = [
     ("zeros", |_, _, out| write_zeros(out, false)),
     ("zeros, streaming stores", |_, _, out| write_zeros(out, true)),
     ("dequantize", alone),
@@ -268,6 +289,9 @@ const WAYS: [(&str, Way); 21] = [
     ("bare zstd, linearized first", bare_linearized),
     ("bare zstd, fed with fragments", bare_streamed),
     ("bare zstd in place, frame copied to its end", bare_in_place),
+    ("bare sliced", bare_sliced),
+    ("fused: sliced", whole_sliced),
+    ("fused: sliced, streaming stores", whole_sliced_streaming),
     ("fused: whole plane", whole),
     ("fused: whole plane, streaming stores", whole_streaming),
     ("fused: in place", in_place),
@@ -308,6 +332,7 @@ fn main() {
 fn measure(isa: Isa, planes: &[Plane], out_bytes: usize, slots: usize) {
     let mut work = Work {
         isa,
+        sections: SectionReader::new().with_isa(isa),
         zstd: DCtx::create(),
         linear: vec![1; out_bytes],
         scratch: vec![1; out_bytes],
@@ -359,6 +384,7 @@ fn report(isa: Isa, planes: &[Plane], means: &[Duration]) {
         mean("zeros, streaming stores") / mean("dequantize, streaming stores")
     );
     println!("ratio of codes: whole {:.4}", codes / total(|plane| plane.whole.len()) as f64);
+    println!("                sliced {:.4}", codes / total(|plane| plane.sliced.len()) as f64);
     println!("                dictionary {:.4}", codes / total(|plane| plane.with_dictionary.len()) as f64);
     for (size, kib) in BLOCK_KIB.iter().enumerate() {
         let bytes: usize = planes.iter().flat_map(|plane| &plane.blocks[size]).map(Vec::len).sum();

@@ -158,11 +158,14 @@ pub enum Compression {
     Zstd,
     /// One raw Deflate stream for each section: what compression devices read. Decodes several times slower than zstd on a core.
     Deflate,
+    /// A prefix code of nibbles whose bits are decoded 64 codewords at a time: several times as fast as zstd on a core, and as small
+    /// where codes have skew and no repeats.
+    Sliced,
 }
 
 impl Compression {
     /// Every compression that has a number and a name, in the order of the numbers.
-    pub const ALL: [Self; 3] = [Self::None, Self::Zstd, Self::Deflate];
+    pub const ALL: [Self; 4] = [Self::None, Self::Zstd, Self::Deflate, Self::Sliced];
 
     /// The number that stands for this compression in an encoded chunk. 3 is reserved for LZ4.
     #[must_use]
@@ -171,6 +174,7 @@ impl Compression {
             Self::None => 0,
             Self::Zstd => 1,
             Self::Deflate => 2,
+            Self::Sliced => 4,
         }
     }
 
@@ -181,6 +185,7 @@ impl Compression {
             0 => Some(Self::None),
             1 => Some(Self::Zstd),
             2 => Some(Self::Deflate),
+            4 => Some(Self::Sliced),
             _ => None,
         }
     }
@@ -192,6 +197,7 @@ impl Compression {
             Self::None => "none",
             Self::Zstd => "zstd",
             Self::Deflate => "deflate",
+            Self::Sliced => "sliced",
         }
     }
 }
@@ -204,7 +210,7 @@ impl std::fmt::Display for Compression {
 
 /// A compression's name that no compression has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown compression {0:?}: use one of none, zstd, deflate")]
+#[error("unknown compression {0:?}: use one of none, zstd, deflate, sliced")]
 pub struct UnknownCompression(pub String);
 
 impl FromStr for Compression {
@@ -275,7 +281,7 @@ mod tests {
         }
         assert_eq!((7..=255).find_map(Codec::from_wire), None);
         assert_eq!((4..=255).find_map(Quantizer::from_wire), None);
-        assert_eq!((3..=255).find_map(Compression::from_wire), None);
+        assert_eq!((5..=255).chain([3]).find_map(Compression::from_wire), None);
         assert_eq!("int6".parse::<Codec>(), Err(UnknownCodec("int6".into())));
         assert_eq!("gzip".parse::<Compression>(), Err(UnknownCompression("gzip".into())));
     }

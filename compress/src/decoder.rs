@@ -171,6 +171,7 @@ impl Decoder {
     #[must_use]
     pub fn with_isa(mut self, isa: Isa) -> Self {
         self.inner.isa = isa;
+        self.inner.sections = self.inner.sections.with_isa(isa);
         self
     }
 

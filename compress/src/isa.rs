@@ -5,10 +5,10 @@
 pub enum Isa {
     /// Plain loops, the twin that the others are tested against.
     Scalar,
-    /// x86-64 with AVX2 and F16C.
+    /// x86-64 with AVX2, F16C and BMI2.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// x86-64 with AVX-512 F, BW, VL, VBMI and BF16: Zen 4, Sapphire Rapids, and later.
+    /// As [`Isa::Avx2`], and AVX-512 F, BW, VL, VBMI and BF16, and GFNI: Zen 4, Sapphire Rapids, and later.
     #[cfg(target_arch = "x86_64")]
     Avx512,
     /// aarch64.
@@ -52,7 +52,10 @@ impl Isa {
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("f16c")
+        && is_x86_feature_detected!("bmi2")
+        && is_x86_feature_detected!("popcnt")
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -62,4 +65,5 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vbmi")
         && is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("gfni")
 }

@@ -33,14 +33,23 @@ mod quantize;
 pub mod reference;
 mod section;
 mod shape;
+mod sliced;
 mod view;
 mod writer;
 mod zeros;
 
-/// The dequantization kernels alone, for measurements.
+/// Parts of encoding and decoding alone, for measurements and tests.
 pub mod kernels {
     pub use crate::dequantize::{Job, dequantize};
     pub use crate::packing::Packing;
+
+    /// The section that compression `sliced` makes of `bytes`: themselves, if it would not be shorter.
+    #[must_use]
+    pub fn sliced(bytes: &[u8]) -> Vec<u8> {
+        let mut section = Vec::new();
+        crate::sliced::encode(crate::Isa::detect(), bytes, &mut section);
+        if section.len() < bytes.len() { section } else { bytes.to_vec() }
+    }
 }
 
 pub use allocate::{Candidate, Goal, allocate};
@@ -64,6 +73,7 @@ pub use shape::{
     CHUNK_TOKENS, MAX_LAYERS, MAX_PLANE_BYTES, MAX_PLANES, MIN_QUANTIZED_HEAD_DIM, Shape, ShapeError, Side,
     plane_index, plane_of,
 };
+pub use sliced::SlicedError;
 pub use view::{ChunkHeader, ChunkView, Planes, plane_table};
 pub use writer::{ChunkWriter, WriteError};
 pub use zeros::write_zeros;

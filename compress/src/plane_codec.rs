@@ -118,7 +118,7 @@ mod tests {
             ("cachegen:31", "even number"),
             ("cachegen:32@0", "0.001 to 65"),
             ("cachegen:32@NaN", "0.001 to 65"),
-            ("int8/gzip", "none, zstd, deflate"),
+            ("int8/gzip", "none, zstd, deflate, sliced"),
         ] {
             let error = text.parse::<PlaneCodec>().unwrap_err().to_string();
             assert!(error.contains(hint) && error.contains(text), "{error}");

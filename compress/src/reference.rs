@@ -8,8 +8,8 @@ use crate::format::PlaneEntry;
 use crate::payload::Layout;
 use crate::section::check_deflate;
 use crate::{
-    Codec, Compression, DecodeError, Dtype, EncodeError, FrameError, OutDtype, PlaneCodec, Quantizer, Shape,
-    Side,
+    Codec, Compression, DecodeError, Dtype, EncodeError, FrameError, Isa, OutDtype, PlaneCodec, Quantizer,
+    Shape, Side, sliced,
 };
 
 /// The largest finite bfloat16: 255 * 2^120.
@@ -372,6 +372,11 @@ fn section(section: &[u8], compression: Compression, expected_bytes: usize) -> R
         Compression::Deflate => {
             let result = libdeflater::Decompressor::new().deflate_decompress(section, &mut bytes);
             check_deflate(result, expected_bytes)?;
+            expected_bytes
+        }
+        Compression::Sliced => {
+            // Its kernel of plain loops is as slow and obvious as what could stand here.
+            sliced::decode(Isa::Scalar, section, &mut bytes)?;
             expected_bytes
         }
     };

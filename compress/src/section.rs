@@ -8,7 +8,7 @@
 use libdeflater::{CompressionLvl, Compressor, DecompressionError, Decompressor};
 use zstd_safe::{CCtx, CParameter, DCtx, ErrorCode, ParamSwitch};
 
-use crate::Compression;
+use crate::{Compression, Isa, SlicedError, sliced};
 
 /// First bytes of a zstd frame, RFC 8878.
 const FRAME_MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
@@ -65,6 +65,9 @@ pub enum FrameError {
         /// Bytes that it must give.
         expected_bytes: usize,
     },
+    /// A sliced section has other parts than it should.
+    #[error(transparent)]
+    Sliced(#[from] SlicedError),
 }
 
 struct DeflateBytes(Option<usize>);
@@ -115,13 +118,14 @@ pub(crate) struct SectionWriter {
     deflate: Option<Compressor>,
     zstd: Result<CCtx<'static>, &'static str>,
     zstd_level: i32,
+    isa: Isa,
     scratch: Vec<u8>,
 }
 
 impl SectionWriter {
     /// A writer that compresses codes with zstd at `zstd_level`.
     pub(crate) fn new(zstd_level: i32) -> Self {
-        Self { deflate: None, zstd: zstd_context(), zstd_level, scratch: Vec::new() }
+        Self { deflate: None, zstd: zstd_context(), zstd_level, isa: Isa::detect(), scratch: Vec::new() }
     }
 
     /// Appends `bytes` to `out` as one section, compressed if that is shorter.
@@ -143,6 +147,7 @@ impl SectionWriter {
             }
             Compression::Zstd => self.write_frame(content, bytes)?,
             Compression::Deflate => self.write_deflate(bytes)?,
+            Compression::Sliced => sliced::encode(self.isa, bytes, &mut self.scratch),
         }
         out.extend_from_slice(if self.scratch.len() < bytes.len() { &self.scratch } else { bytes });
         Ok(())
@@ -189,6 +194,7 @@ fn zstd_context() -> Result<CCtx<'static>, &'static str> {
 
 /// Decompresses sections; everything it needs is allocated when it is made.
 pub struct SectionReader {
+    isa: Isa,
     zstd: DCtx<'static>,
     deflate: Decompressor,
 }
@@ -215,7 +221,14 @@ impl SectionReader {
     /// When memory runs out.
     #[must_use]
     pub fn new() -> Self {
-        Self { zstd: DCtx::create(), deflate: Decompressor::new() }
+        Self { isa: Isa::detect(), zstd: DCtx::create(), deflate: Decompressor::new() }
+    }
+
+    /// Chooses the instruction set instead of taking the best that the CPU has.
+    #[must_use]
+    pub fn with_isa(mut self, isa: Isa) -> Self {
+        self.isa = isa;
+        self
     }
 
     /// Bytes of memory held.
@@ -252,6 +265,7 @@ impl SectionReader {
                 self.deflate.deflate_decompress(section, &mut scratch[..expected_bytes]),
                 expected_bytes,
             )?,
+            Compression::Sliced => sliced::decode(self.isa, section, &mut scratch[..expected_bytes])?,
         }
         Ok(&scratch[..expected_bytes])
     }

@@ -27,3 +27,8 @@ fn plane_zstd() {
 fn plane_deflate() {
     replay("plane_deflate", |data| fuzzed::plane(Compression::Deflate, data));
 }
+
+#[test]
+fn plane_sliced() {
+    replay("plane_sliced", |data| fuzzed::plane(Compression::Sliced, data));
+}

@@ -9,14 +9,14 @@ use std::arch::x86_64::{
     _mm256_stream_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps_si512,
     _mm512_castsi256_si512, _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cmp_ps_mask,
     _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32,
-    _mm512_cvtne2ps_pbh, _mm512_cvtps_ph, _mm512_inserti64x4, _mm512_loadu_ps, _mm512_mask_mov_epi32,
-    _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutex2var_epi16,
-    _mm512_permutexvar_epi16, _mm512_set_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_srli_epi32,
-    _mm512_storeu_si512, _mm512_stream_si512, _mm512_sub_epi32,
+    _mm512_cvtne2ps_pbh, _mm512_cvtps_ph, _mm512_fmadd_ps, _mm512_inserti64x4, _mm512_loadu_ps,
+    _mm512_mask_mov_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
+    _mm512_permutex2var_epi16, _mm512_permutexvar_epi16, _mm512_set_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_srli_epi32, _mm512_storeu_si512, _mm512_stream_si512, _mm512_sub_epi32,
 };
 use std::mem::transmute;
 
-use super::Job;
+use super::{Job, avx512_nibbles};
 use crate::dtype::{E4M3_MAX, F16_MAX, OutDtype};
 use crate::packing::Packing;
 
@@ -30,6 +30,8 @@ const BF16: u8 = 0;
 const BF16_ANY: u8 = 1;
 const F16: u8 = 2;
 const E4M3: u8 = 3;
+/// As [`BF16`], multiplied and added in one: only where no product is rounded, so that the bits are the same.
+const BF16_FUSED: u8 = 4;
 
 const NIBBLES: u8 = 0;
 const NIBBLES_NIBBLES: u8 = 1;
@@ -50,6 +52,9 @@ pub(super) unsafe fn plane(job: &Job<'_>, out: &mut [u8]) {
     // SAFETY: as this function demands.
     unsafe {
         match job.out_dtype {
+            OutDtype::Bf16 if job.has_no_subnormals() && job.has_exact_products() => {
+                packed::<BF16_FUSED>(job, out);
+            }
             OutDtype::Bf16 if job.has_no_subnormals() => packed::<BF16>(job, out),
             OutDtype::Bf16 => packed::<BF16_ANY>(job, out),
             OutDtype::F16 => packed::<F16>(job, out),
@@ -80,7 +85,10 @@ unsafe fn grouped<const OUT: u8, const PACKING: u8>(job: &Job<'_>, out: &mut [u8
     let streaming = job.streams(out, UNIT);
     // SAFETY: as `plane` demands; only aligned stores stream.
     unsafe {
+        let whole_units = OUT != E4M3 && PACKING == NIBBLES && (job.head_dim / 2).is_multiple_of(UNIT);
         match (job.per_channel, streaming) {
+            (_, false) if whole_units => avx512_nibbles::plane::<OUT, false>(job, out),
+            (_, true) if whole_units => avx512_nibbles::plane::<OUT, true>(job, out),
             (true, false) => rows::<OUT, PACKING, true, false>(job, out),
             (true, true) => rows::<OUT, PACKING, true, true>(job, out),
             (false, false) => rows::<OUT, PACKING, false, false>(job, out),
@@ -160,8 +168,8 @@ unsafe fn rows<const OUT: u8, const PACKING: u8, const PER_CHANNEL: bool, const 
 fn table<const OUT: u8>(scale: __m512, offset: __m512) -> Group {
     let low = _mm512_set_ps(15., 14., 13., 12., 11., 10., 9., 8., 7., 6., 5., 4., 3., 2., 1., 0.);
     let high = _mm512_add_ps(low, _mm512_set1_ps(16.0));
-    let element = |codes| _mm512_add_ps(_mm512_mul_ps(codes, scale), offset);
-    Group::Table(narrow::<OUT>(element(low), element(high)))
+    let (low, high) = (element::<OUT>(low, scale, offset), element::<OUT>(high, scale, offset));
+    Group::Table(narrow::<OUT>(low, high))
 }
 
 /// The codes of dimensions `at..at + 32` and `half + at..half + at + 32`.
@@ -277,21 +285,34 @@ unsafe fn write<const OUT: u8, const STREAMING: bool>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16")]
 #[inline]
 fn compute<const OUT: u8>(codes: __m256i, scales: [__m512; 2], offsets: [__m512; 2]) -> __m512i {
-    let element = |codes: __m128i, half: usize| {
-        let code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
-        _mm512_add_ps(_mm512_mul_ps(code, scales[half]), offsets[half])
+    let half = |codes: __m128i, half: usize| {
+        let codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
+        element::<OUT>(codes, scales[half], offsets[half])
     };
-    narrow::<OUT>(element(_mm256_castsi256_si128(codes), 0), element(_mm256_extracti128_si256::<1>(codes), 1))
+    narrow::<OUT>(half(_mm256_castsi256_si128(codes), 0), half(_mm256_extracti128_si256::<1>(codes), 1))
+}
+
+/// What codes stand for, before rounding to the type of the destination.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn element<const OUT: u8>(codes: __m512, scales: __m512, offsets: __m512) -> __m512 {
+    if OUT == BF16_FUSED {
+        _mm512_fmadd_ps(codes, scales, offsets)
+    } else {
+        _mm512_add_ps(_mm512_mul_ps(codes, scales), offsets)
+    }
 }
 
 /// Rounds 32 numbers to the type of the destination; for E4M3, into the lower half.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16")]
 #[inline]
-fn narrow<const OUT: u8>(low: __m512, high: __m512) -> __m512i {
+pub(super) fn narrow<const OUT: u8>(low: __m512, high: __m512) -> __m512i {
     const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     match OUT {
         // SAFETY: 32 bfloat16 are 64 bytes of any content.
-        BF16 => unsafe { transmute::<std::arch::x86_64::__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) },
+        BF16 | BF16_FUSED => unsafe {
+            transmute::<std::arch::x86_64::__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+        },
         BF16_ANY => _mm512_permutex2var_epi16(rounded_bf16(low), odd_words(), rounded_bf16(high)),
         F16 => {
             let narrowed = |value| _mm512_cvtps_ph::<NEAREST>(clamped(value, F16_MAX));

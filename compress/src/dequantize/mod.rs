@@ -12,6 +12,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_nibbles;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
@@ -92,6 +94,14 @@ impl Job<'_> {
         let far = |value: &f32| (value.to_bits() & 0x7fff_ffff).wrapping_sub(1) >= SMALLEST - 1;
         self.scales.iter().zip(self.offsets).fold(true, |all, (scale, offset)| all & far(scale) & far(offset))
     }
+
+    /// Whether a scale times a code is always exact: scales have at most sixteen significant bits, as 16-bit floats do, codes
+    /// at most eight, and no product is subnormal ([`Job::has_no_subnormals`]).
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
+    #[inline(always)]
+    fn has_exact_products(&self) -> bool {
+        self.scales.iter().fold(true, |all, scale| all & (scale.to_bits() & 0xff == 0))
+    }
 }
 
 /// Writes the plane to `out`, little-endian. The sizes of codes, scales, offsets and `out` agree; `row` has room for
@@ -164,9 +174,16 @@ mod tests {
             4 => proptest::sample::select(&[64_usize, 80, 96, 112, 128, 192, 256]),
             1 => (1_usize..40).prop_map(|eighth| eighth * 8),
         ];
-        let dims = (head_dim, 1_usize..4, 1_usize..5);
-        (packing, dims, any::<bool>(), any::<u64>(), proptest::collection::vec(number(), 2..40)).prop_map(
-            |(packing, (head_dim, heads, tokens), per_channel, seed, numbers)| {
+        let dims = (head_dim, 1_usize..4, 1_usize..10);
+        let numbers = (any::<bool>(), proptest::collection::vec(number(), 2..40));
+        (packing, dims, any::<bool>(), any::<u64>(), numbers).prop_map(
+            |(packing, (head_dim, heads, tokens), per_channel, seed, (short, mut numbers))| {
+                if short {
+                    // As scales and offsets of 16 bits are.
+                    let shortened =
+                        |number: &mut f32| *number = f32::from_bits(number.to_bits() & 0xffff_0000);
+                    numbers.iter_mut().for_each(shortened);
+                }
                 let elements = head_dim * heads * tokens;
                 let byte = |index: usize| {
                     let mixed = (index as u64 ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -1,4 +1,4 @@
-//! What the fuzz targets `chunk`, `plane_none`, `plane_zstd` and `plane_deflate` run, and what the corpora are replayed with: bytes that somebody else
+//! What the fuzz targets `chunk`, `plane_none`, `plane_zstd`, `plane_deflate` and `plane_sliced` run, and what the corpora are replayed with: bytes that somebody else
 //! wrote are parsed and decoded, and whatever they are, the result is an error that is named or what the reference says, and nothing is written
 //! outside the destination. Any violation panics.
 
@@ -203,6 +203,8 @@ fn compressed(compression: Compression, bytes: &[u8]) -> Vec<u8> {
         Compression::Deflate => libdeflater::Compressor::new(libdeflater::CompressionLvl::fastest())
             .deflate_compress(bytes, &mut out)
             .expect("room"),
+        // The encoder's own: no other writes it.
+        Compression::Sliced => return compress::kernels::sliced(bytes),
     };
     out.truncate(length);
     if length < bytes.len() { out } else { bytes.to_vec() }
@@ -253,7 +255,7 @@ fn decompressed(compression: Compression, section: &[u8], bytes: usize) -> Optio
     let length = match compression {
         Compression::None => return None,
         // A device is asked for one frame that says its size: the decoder's own checks are stricter than the library.
-        Compression::Zstd => return None,
+        Compression::Zstd | Compression::Sliced => return None,
         Compression::Deflate => {
             libdeflater::Decompressor::new().deflate_decompress(section, &mut out).ok()?
         }
