@@ -29,7 +29,7 @@ for name in $parts; do
     save) part save 120 python3 "$here/save.py" ;;
     survive) part survive 120 python3 "$here/survive.py" ;;
     kernels) part kernels 90 python3 "$here/kernels.py" ;;
-    end_to_end) part end_to_end 150 python3 "$here/end_to_end.py" ;;
+    end_to_end) part end_to_end 240 python3 "$here/end_to_end.py" ;;
     on_gpu) part on_gpu 60 python3 "$here/on_gpu.py" ;;
     interference) part interference 200 python3 "$here/interference.py" --plot "$out/interference.png" ;;
     *) echo "no part $name"; failed=1 ;;

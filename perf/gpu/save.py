@@ -86,11 +86,11 @@ class Saver:
         self.client = shadowserve.Client(socket, salt="saver")
         self.cache = self.client.register_pages(cache.description())
         self.table, self.tokens, self.under_way = table, list(tokens), under_way
-        self.stored, self.failed, self.reasons, self.number = 0, 0, set(), 0
+        self.stored, self.encoded_bytes, self.failed, self.reasons, self.number = 0, 0, 0, set(), 0
 
     def run(self, seconds=None, stop=None):
-        """Chunks stored per second."""
-        begun, before, saves = time.monotonic(), self.stored, []
+        """Chunks stored and encoded bits sent per second."""
+        begun, chunks, sent, saves = time.monotonic(), self.stored, self.encoded_bytes, []
         while saves or not self.over(begun, seconds, stop):
             while len(saves) < self.under_way and not self.over(begun, seconds, stop):
                 self.number += 1
@@ -98,9 +98,11 @@ class Saver:
                 saves.append(self.client.save_pages(self.tokens, self.cache, self.table, timeout=2))
             report = saves.pop(0).wait()
             self.stored += report.stored
+            self.encoded_bytes += report.encoded_bytes
             self.failed += len(report.not_saved)
             self.reasons.update(reason for _, reason in report.not_saved)
-        return (self.stored - before) / (time.monotonic() - begun)
+        elapsed = time.monotonic() - begun
+        return (self.stored - chunks) / elapsed, (self.encoded_bytes - sent) * 8 / elapsed
 
     @staticmethod
     def over(begun, seconds, stop):
@@ -145,8 +147,9 @@ def interference(file, seconds, lcores):
                         thread.join()
                     rows.append({
                         "fetches": name, "saves": beside, "encoded_gbps": report["encoded_gbps"],
-                        "delivered_gbps": report["delivered_gbps"], "fetch_us": report["fetch_us"],
-                        "saved_gbps": rates[0] * chunk_bits / 1e9 if rates else 0,
+                        "delivered_gbps": report["delivered_gbps"], "fetch_us": report["fetch_us"], "lcores": report["lcores"],
+                        "saved_gbps": rates[0][0] * chunk_bits / 1e9 if rates else 0,
+                        "saved_encoded_gbps": rates[0][1] / 1e9 if rates else 0,
                     })
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
 
@@ -156,11 +159,12 @@ def interference(file, seconds, lcores):
         summary = {}
         for name in ("full speed", "half"):
             for key, value in (("encoded_gbps", lambda row: row["encoded_gbps"]), ("fetch_p50_us", lambda row: row["fetch_us"]["p50"]),
-                               ("fetch_p99_us", lambda row: row["fetch_us"]["p99"]), ("saved_gbps", lambda row: row["saved_gbps"])):
+                               ("fetch_p99_us", lambda row: row["fetch_us"]["p99"]), ("saved_gbps", lambda row: row["saved_gbps"]),
+                               ("saved_encoded_gbps", lambda row: row["saved_encoded_gbps"])):
                 without, beside = median(name, False, value), median(name, True, value)
                 summary.setdefault(name, {})[key] = {"without_saves": without, "beside_saves": beside,
                                                      "ratio": beside / without if without else None}
-        return {"lcores": lcores, "saves_alone_gbps": alone * chunk_bits / 1e9, "summary": summary, "rows": rows,
+        return {"lcores": lcores, "saves_alone_gbps": alone[0] * chunk_bits / 1e9, "summary": summary, "rows": rows,
                 "saver": {"stored": saver.stored, "failed": saver.failed, "reasons": sorted(saver.reasons)}}
 
 

@@ -2,7 +2,7 @@
 //!
 //! They return plain numbers: a newer driver may return an error that the bindings' enumeration does not have.
 
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 use cudarc::driver::sys::{
     self, CUDA_MEMCPY2D, CUcontext, CUdevice, CUdeviceptr, CUevent, CUipcMemHandle, CUmemcpyAttributes,
@@ -53,6 +53,10 @@ macro_rules! symbols {
         }
 
         impl Symbols {
+            /// The names of all that this crate calls, besides those that are looked up by hand: [`BATCH`] and [`DMA_BUF`].
+            #[cfg(test)]
+            const NAMES: &[&str] = &[$($name),*];
+
             fn load_all() -> Result<Self, CudaError> {
                 let missing = |name: &str| CudaError::Driver(format!("its library has no {name}"));
                 // SAFETY: the library is libcuda, whose functions of these names have these types in every version that
@@ -64,7 +68,7 @@ macro_rules! symbols {
                             .get::<unsafe extern "C" fn($($argument),*) -> u32>($name.as_bytes())
                             .map_err(|_| missing($name))?,)*
                         batch: None,
-                        dma_buf: library.get::<DmaBuf>(b"cuMemGetHandleForAddressRange").ok().map(|found| *found),
+                        dma_buf: library.get::<DmaBuf>(DMA_BUF.as_bytes()).ok().map(|found| *found),
                         version: 0,
                     })
                 }
@@ -73,7 +77,12 @@ macro_rules! symbols {
     };
 }
 
-/// `cuMemGetHandleForAddressRange`, from 11.7 on.
+/// From 12.8 on; found by its name and version.
+const BATCH: &CStr = c"cuMemcpyBatchAsync";
+/// From 11.7 on.
+const DMA_BUF: &str = "cuMemGetHandleForAddressRange";
+
+/// `cuMemGetHandleForAddressRange`.
 type DmaBuf = unsafe extern "C" fn(*mut c_void, CUdeviceptr, usize, c_uint, u64) -> u32;
 
 symbols! {
@@ -156,9 +165,8 @@ impl Symbols {
             _ => return None,
         };
         let (mut function, mut status) = (std::ptr::null_mut::<c_void>(), 0);
-        let name = c"cuMemcpyBatchAsync".as_ptr();
         // SAFETY: writes a function's address, or null, and a status.
-        let code = unsafe { (self.proc_address)(name, &raw mut function, version, 0, &raw mut status) };
+        let code = unsafe { (self.proc_address)(BATCH.as_ptr(), &raw mut function, version, 0, &raw mut status) };
         if code != 0 || function.is_null() {
             return None;
         }
@@ -170,5 +178,38 @@ impl Symbols {
                 BatchCopy::From12(std::mem::transmute::<*mut c_void, Batch12>(function))
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BATCH, DMA_BUF, Symbols};
+
+    /// What the driver has that can only be there to run code on a GPU, or that it may carry out by a kernel of its own.
+    const RUNS_CODE: [&str; 12] = [
+        "cuLaunch",
+        "cuGraph",
+        "cuModule",
+        "cuLibrary",
+        "cuLink",
+        "cuFunc",
+        "cuKernel",
+        "cuOccupancy",
+        "cuMemset",
+        "cuMemcpyDtoD",
+        "cuMemcpyPeer",
+        "cuMemcpy3D",
+    ];
+
+    /// Everything goes through this table, so there is no kernel on the path: no function that could start one is ever
+    /// loaded. `perf/gpu/kernels.py` counts the same on a GPU.
+    #[test]
+    fn nothing_that_could_launch_a_kernel_is_loaded() {
+        let batch = BATCH.to_str().unwrap();
+        for name in Symbols::NAMES.iter().chain([&batch, &DMA_BUF]) {
+            assert!(name.starts_with("cu"), "{name}");
+            assert!(!RUNS_CODE.iter().any(|code| name.starts_with(code)), "{name}");
+        }
+        assert!(Symbols::NAMES.contains(&"cuMemcpy2DAsync_v2"), "the table is not the one that copies go through");
     }
 }
