@@ -6,14 +6,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use client::{
-    Client, ClientConfig, Codec as ClientCodec, Dtype, Outcome, Region, SaveReport, SaveRequest, Shape,
-};
-use compress::{Codec, PlaneCodec, Side};
+use client::{Client, ClientConfig, Dtype, Outcome, Region, SaveCodec, SaveReport, SaveRequest, Shape};
+use compress::{Codec, Codecs, PlaneCodec, Side};
 use serde_json::{Value, json};
 use store::kv_file::{KvFile, SequenceShape};
 
-use crate::flags::{DEFAULT_SOCKET, NamespaceFlags};
+use crate::flags::{self, DEFAULT_SOCKET, NamespaceFlags};
 use crate::verify::plane_offset;
 
 #[derive(Debug, Args)]
@@ -22,8 +20,11 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "FILE", required = true)]
     input: Option<PathBuf>,
     /// How planes are encoded: raw, lossless, int8, int5, int4, int3 or cachegen
-    #[arg(long, value_name = "CODEC", default_value = "int4")]
+    #[arg(long, value_name = "CODEC", default_value = "int4", conflicts_with = "profile")]
     codec: Codec,
+    /// Encode each layer's K and V as this file says, which `shadowserve encode --make-profile` writes
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
     /// Offer also the leading chunks that a lookup finds stored
     #[arg(long)]
     all: bool,
@@ -46,10 +47,12 @@ pub(crate) struct Flags {
 pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let file = KvFile::open(flags.input.as_deref().context("--input is missing")?)?;
     let (shape, timeout) = (file.shape(), Duration::from_millis(flags.timeout_ms));
-    let client = Client::connect(
-        &flags.socket,
-        &ClientConfig::new(flags.namespace.namespace(&PlaneCodec::from(flags.codec).into())),
-    )?;
+    let codecs = match &flags.profile {
+        Some(path) => flags::read_profile(path)?,
+        None => PlaneCodec::from(flags.codec).into(),
+    };
+    codecs.check(shape.layers, shape.kv_heads, shape.head_dim).context("--profile")?;
+    let client = Client::connect(&flags.socket, &ClientConfig::new(flags.namespace.namespace(&codecs)))?;
     let chunks = shape.chunks();
     // What the store has need not be encoded. If it does not answer, the save will say so.
     let known = if flags.all {
@@ -62,7 +65,10 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         let region = client.register(2 * shape.tensor_bytes())?;
         load(&file, &region)?;
         let keys = client.keys(file.tokens());
-        let codec: ClientCodec = flags.codec.name().parse().context("--codec")?;
+        let codec = match &codecs {
+            Codecs::One(codec) => SaveCodec::One(codec.codec.name().parse().context("--codec")?),
+            Codecs::Each(profile) => SaveCodec::Profile { id: profile.id(), text: profile.to_text() },
+        };
         let mut request = SaveRequest::sequence(&region, client_shape(&shape), codec, &keys, shape.tokens)?;
         request.chunks.drain(..known);
         request.timeout = timeout;

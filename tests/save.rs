@@ -171,7 +171,7 @@ fn a_store_that_takes_nothing_or_too_little_says_why() {
     write_kv(&large, 128, 256);
     let saver = Saver::new(&client, &large);
     let mut request = saver.request(2, PATIENCE);
-    request.codec = ClientCodec::Raw;
+    request.codec = ClientCodec::Raw.into();
     let report = client.save(&request).unwrap().finish().unwrap();
     assert_eq!(report.not_saved[0].reason, NotSavedReason::TooLarge, "{report:?}");
     saver.region.arena().copy_in(0, &[0x80, 0x7f]).unwrap();

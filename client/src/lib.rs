@@ -22,7 +22,7 @@ pub use config::ClientConfig;
 pub use control::{
     ChunkPlace, Codec, CommandError, DeviceUuid, Dtype, ElementType, GpuAllocation, GpuMemoryError,
     GpuRingError, IpcHandle, LayerBase, Layout, LayoutError, Missing, MissingReason, NotSaved,
-    NotSavedReason, Outcome, PageStrides, PagedKv, PlaneBase, RingDescriptor, Scale, Shape,
+    NotSavedReason, Outcome, PageStrides, PagedKv, PlaneBase, RingDescriptor, SaveCodec, Scale, Shape,
 };
 pub use fetch::{Fetch, FetchError, FetchReport, FetchRequest, Progress, RequestError};
 pub use gpu::{GpuRing, PagedCache, PagesRequest, RingConfig, RingEntry, RingError, RingRequest};

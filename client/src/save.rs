@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use control::message::{MAX_CHUNKS_PER_FETCH, MAX_PAGES_PER_FETCH};
 use control::{
-    CHUNK_TOKENS, ChunkPlace, Codec, Command, CommandError, Completion, Layout, NotSaved, Outcome,
-    RegionView, SaveFrom, Shape,
+    CHUNK_TOKENS, ChunkPlace, Command, CommandError, Completion, Layout, NotSaved, Outcome, RegionView,
+    SaveCodec, SaveFrom, Shape,
 };
 use protocol::Key;
 
@@ -26,7 +26,7 @@ pub struct SaveRequest<'a> {
     /// Strides within a chunk, bytes.
     pub layout: Layout,
     /// How they are to be encoded: that of the client's namespace, or nobody finds them.
-    pub codec: Codec,
+    pub codec: SaveCodec,
     /// The chunks and their offsets in the region.
     pub chunks: Vec<ChunkPlace>,
     /// The deadline, from when the data plane takes the save: it ends by then, done or failed.
@@ -43,7 +43,7 @@ impl<'a> SaveRequest<'a> {
     pub fn sequence(
         region: &'a Region,
         shape: Shape,
-        codec: Codec,
+        codec: impl Into<SaveCodec>,
         keys: &[Key],
         tokens: usize,
     ) -> Result<Self, RequestError> {
@@ -54,6 +54,7 @@ impl<'a> SaveRequest<'a> {
             return Err(RequestError::TooSmall { needed, offset: 0, bytes: region.bytes() });
         }
         let chunks = places(keys, tokens, layout.token);
+        let codec = codec.into();
         Ok(Self { region, shape, layout, codec, chunks, timeout: Duration::from_secs(10) })
     }
 }
@@ -89,7 +90,7 @@ pub struct SavePagesRequest<'a> {
     /// What the chunks are. Layers, KV heads and head dimension must be the cache's.
     pub shape: Shape,
     /// How they are to be encoded: that of the client's namespace, or nobody finds them.
-    pub codec: Codec,
+    pub codec: SaveCodec,
     /// The pages of the sequence's tokens from 0 on, in order. What the engine writes there before the save has ended is saved
     /// or not, byte by byte.
     pub table: Vec<u32>,
@@ -107,7 +108,7 @@ impl<'a> SavePagesRequest<'a> {
     /// When there are no tokens, too many, the table is too short, or the cache's elements are of no 16-bit type.
     pub fn sequence(
         cache: &'a PagedCache,
-        codec: Codec,
+        codec: impl Into<SaveCodec>,
         keys: &[Key],
         tokens: usize,
         table: Vec<u32>,
@@ -121,7 +122,7 @@ impl<'a> SavePagesRequest<'a> {
         let dtype = element.dtype().ok_or(RequestError::Element { element })?;
         let layers = u16::try_from(kv.layers.len()).unwrap_or(u16::MAX);
         let shape = Shape { layers, kv_heads: kv.kv_heads, head_dim: kv.head_dim, dtype };
-        let chunks = places(keys, tokens, 1);
+        let (codec, chunks) = (codec.into(), places(keys, tokens, 1));
         Ok(Self { cache, shape, codec, table, chunks, timeout: Duration::from_secs(10) })
     }
 }
@@ -134,7 +135,7 @@ pub(crate) fn start_pages(shared: &Arc<Shared>, request: &SavePagesRequest<'_>) 
         region: request.cache.0.id,
         from: SaveFrom::Pages { table: request.table.clone() },
         shape: request.shape,
-        codec: request.codec,
+        codec: request.codec.clone(),
         chunks: request.chunks.clone(),
     };
     let kv = request.cache.kv();
@@ -235,7 +236,7 @@ pub(crate) fn start(shared: &Arc<Shared>, request: &SaveRequest<'_>) -> Result<S
         region: request.region.id(),
         from: SaveFrom::Host { layout: request.layout },
         shape: request.shape,
-        codec: request.codec,
+        codec: request.codec.clone(),
         chunks: request.chunks.clone(),
     };
     let bytes = request.region.bytes() as u64;

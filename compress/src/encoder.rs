@@ -53,6 +53,8 @@ pub enum EncodeError {
 /// Encodes chunks; reuses its buffers and contexts from chunk to chunk.
 pub struct Encoder {
     codecs: Box<dyn Fn(u16, Side) -> PlaneCodec + Send>,
+    /// Takes the place of `codecs`.
+    chosen: Option<PlaneCodec>,
     isa: Isa,
     sections: SectionWriter,
     scratch: Scratch,
@@ -101,10 +103,16 @@ impl Encoder {
     pub fn mixed(codecs: impl Fn(u16, Side) -> PlaneCodec + Send + 'static, zstd_level: i32) -> Self {
         Self {
             codecs: Box::new(codecs),
+            chosen: None,
             isa: Isa::detect(),
             sections: SectionWriter::new(zstd_level),
             scratch: Scratch::default(),
         }
+    }
+
+    /// Encodes planes so from now on, whatever the encoder was made for: for who is told plane by plane.
+    pub fn choose(&mut self, codec: PlaneCodec) {
+        self.chosen = Some(codec);
     }
 
     /// Replaces the content of `out` by the encoded chunk of these planes.
@@ -161,7 +169,7 @@ impl Encoder {
         if got_bytes != expected_bytes {
             return Err(EncodeError::PlaneBytes { layer, side, got_bytes, expected_bytes });
         }
-        let asked = (self.codecs)(layer, side);
+        let asked = self.chosen.unwrap_or_else(|| (self.codecs)(layer, side));
         let plane_codec = asked.normalized();
         let PlaneCodec { codec, compression, bins, .. } = plane_codec;
         let quantizer = Quantizer::choose(codec, shape, side);

@@ -6,7 +6,7 @@ use crate::gpu::{ElementType, PagedKv, RingKv};
 use crate::layout::{Dtype, Layout, LayoutError, Shape};
 use crate::message::{
     ChunkPlace, Command, Completion, MAX_CHUNKS_PER_FETCH, MAX_KEYS_PER_LOOKUP, MAX_PAGES_PER_FETCH,
-    MAX_TIMEOUT_MS, Outcome, SaveFrom, Target,
+    MAX_PROFILE_BYTES, MAX_TIMEOUT_MS, Outcome, SaveCodec, SaveFrom, Target,
 };
 
 /// What a command's check needs to know of a registered region.
@@ -28,6 +28,12 @@ pub enum CommandError {
     KeyCount {
         /// How many.
         keys: usize,
+    },
+    /// A profile that is too long.
+    #[error("a profile of {bytes} bytes: at most {MAX_PROFILE_BYTES}")]
+    Profile {
+        /// Bytes of its text.
+        bytes: usize,
     },
     /// No chunk, or too many.
     #[error(
@@ -220,8 +226,13 @@ impl Command {
                     (_, other) => Err(CommandError::OtherKind { region: *region, kind: other.kind() }),
                 }
             }
-            Self::Save { timeout_ms, region, from, shape, chunks, .. } => {
+            Self::Save { timeout_ms, region, from, shape, codec, chunks, .. } => {
                 check_timeout(*timeout_ms)?;
+                if let SaveCodec::Profile { text, .. } = codec
+                    && text.len() > MAX_PROFILE_BYTES
+                {
+                    return Err(CommandError::Profile { bytes: text.len() });
+                }
                 if chunks.is_empty() || chunks.len() > MAX_CHUNKS_PER_FETCH {
                     return Err(CommandError::ChunkCount { chunks: chunks.len() });
                 }

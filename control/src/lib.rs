@@ -40,7 +40,7 @@ pub use layout::{Dtype, Layout, LayoutError, Shape};
 pub use listener::{Limits, Listener};
 pub use message::{
     ChunkPlace, Codec, Command, Completion, Missing, MissingReason, NotSaved, NotSavedReason, Outcome,
-    SaveFrom, Target,
+    SaveCodec, SaveFrom, Target,
 };
 pub use ring::RingError;
 pub use server::{ServerSession, SessionError, SocketEvent};
@@ -49,7 +49,7 @@ pub use socket::{BindError, Peer, SocketError};
 
 /// Version of everything in this crate that two processes must agree on: messages, handshake and the layout of
 /// the shared memory. Raised by any change to one of them; there is no negotiation, both ends ship together.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Most tokens that one chunk holds. The last chunk of a sequence may hold fewer.
 pub const CHUNK_TOKENS: u16 = 256;

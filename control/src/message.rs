@@ -17,6 +17,8 @@ pub const MAX_MESSAGE_BYTES: usize = 511 * 1024;
 pub const MAX_TEXT_BYTES: usize = 1024;
 /// Most bytes of the statistics' JSON.
 pub const MAX_STATS_BYTES: usize = 192 * 1024;
+/// Most bytes of a profile's text: several times what one of the deepest model takes.
+pub const MAX_PROFILE_BYTES: usize = 64 * 1024;
 /// Longest time that a lookup or fetch may ask for: ten minutes.
 pub const MAX_TIMEOUT_MS: u32 = 600_000;
 
@@ -75,6 +77,26 @@ impl std::str::FromStr for Codec {
 
     fn from_str(text: &str) -> Result<Self, UnknownCodec> {
         Self::ALL.into_iter().find(|codec| codec.name() == text).ok_or_else(|| UnknownCodec(text.to_owned()))
+    }
+}
+
+/// How the chunks of a save are to be encoded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SaveCodec {
+    /// Every plane with this one.
+    One(Codec),
+    /// Each layer's K and V as a profile says.
+    Profile {
+        /// What stands for the profile in the namespace of the chunks' keys. If it is another profile's, nothing is saved.
+        id: String,
+        /// The profile, as `shadowserve encode --make-profile` writes it: at most [`MAX_PROFILE_BYTES`].
+        text: String,
+    },
+}
+
+impl From<Codec> for SaveCodec {
+    fn from(codec: Codec) -> Self {
+        Self::One(codec)
     }
 }
 
@@ -169,7 +191,7 @@ pub enum Command {
         /// What the chunks are; its element type is that of the region's bytes.
         shape: Shape,
         /// How they are to be encoded.
-        codec: Codec,
+        codec: SaveCodec,
         /// What to save, 1 to [`MAX_CHUNKS_PER_FETCH`]; the places are those of a fetch.
         chunks: Vec<ChunkPlace>,
     },

@@ -30,7 +30,7 @@ use crate::offload::{DeviceOffload, device_config};
 use crate::paths::Paths;
 use crate::placement::StageKind;
 use crate::rx::{Parts, PlaneCounters, Planes, RxRings, RxStage, StoreAddress};
-use crate::save::encode::{AnyEncoder, EncodeCounters, EncodeRings, EncodeStage, STAGING_SLOTS};
+use crate::save::encode::{EncodeCounters, EncodeRings, EncodeStage, STAGING_SLOTS};
 use crate::save::job::SaveJob;
 use crate::save::offers::{OfferCounts, Offers};
 use crate::save::saves::{SaveLimits, Saves};
@@ -474,7 +474,7 @@ impl StageBuilder<'_> {
             }
             encoders.push(EncodeStage {
                 source: self.gpus.source()?,
-                encoder: AnyEncoder::new(self.config.save.zstd_level),
+                encoder: compress::Encoder::new(compress::Codec::Raw, self.config.save.zstd_level),
                 rings: EncodeRings {
                     decode: self.rings.decode.clone(),
                     chunks: self.rings.save.chunks.clone(),

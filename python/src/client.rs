@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use client::{
-    ChunkPlace, ClientConfig, Codec, Dtype, FetchRequest, Namespace, PagesRequest, RingRequest,
+    ChunkPlace, ClientConfig, Dtype, FetchRequest, Namespace, PagesRequest, RingRequest, SaveCodec,
     SavePagesRequest, SaveRequest, Shape,
 };
 use pyo3::prelude::*;
@@ -20,11 +20,14 @@ use crate::seconds::Seconds;
 /// One session with the data plane on this machine. Any number of threads may use it. Connect after a fork.
 ///
 /// `model`, `layout`, `codec`, `rank` and `salt` say whose chunks: they must be what the chunks were stored
-/// under, or nothing is ever found.
+/// under, or nothing is ever found. `profile` is a file that `shadowserve encode --make-profile` wrote, to save with: then `codec` is
+/// the profile's name, `profile-` and its hash, which `shadowserve encode --profile FILE --json` prints.
 #[pyclass(frozen, module = "shadowserve")]
 pub(crate) struct Client {
     client: Arc<client::Client>,
     codec: String,
+    /// A profile's text.
+    profile: Option<String>,
 }
 
 #[pymethods]
@@ -32,7 +35,7 @@ impl Client {
     #[new]
     #[pyo3(signature = (
         socket=PathBuf::from("/run/shadowserve.sock"), *, model="default".into(), layout="nhd".into(),
-        codec="int4".into(), rank=0, salt=String::new(), timeout=Seconds::new(2), spin=Seconds::new(0)
+        codec="int4".into(), rank=0, salt=String::new(), timeout=Seconds::new(2), spin=Seconds::new(0), profile=None
     ))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     fn new(
@@ -45,11 +48,13 @@ impl Client {
         salt: String,
         timeout: Seconds,
         spin: Seconds,
+        profile: Option<PathBuf>,
     ) -> PyResult<Self> {
+        let profile = profile.map(std::fs::read_to_string).transpose()?;
         let namespace = Namespace { model, layout, codec: codec.clone(), rank, salt };
         let config = ClientConfig { timeout: timeout.0, spin: spin.0, ..ClientConfig::new(namespace) };
         let client = py.detach(|| client::Client::connect(socket, &config)).map_err(errors::connect)?;
-        Ok(Self { client: Arc::new(client), codec })
+        Ok(Self { client: Arc::new(client), codec, profile })
     }
 
     /// Name and version of the data plane.
@@ -193,8 +198,11 @@ impl Client {
 
 impl Client {
     /// How what is saved is to be encoded.
-    fn codec(&self) -> PyResult<Codec> {
-        self.codec.parse().map_err(errors::value)
+    fn codec(&self) -> PyResult<SaveCodec> {
+        match &self.profile {
+            Some(text) => Ok(SaveCodec::Profile { id: self.codec.clone(), text: text.clone() }),
+            None => Ok(SaveCodec::One(self.codec.parse().map_err(errors::value)?)),
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 """Saving from Python, against a real store and data plane: what is saved is what another client finds."""
 
+import re
+
 import pytest
 
 import shadowserve
@@ -97,9 +99,33 @@ def test_what_cannot_be_saved_is_refused_with_the_reason(cluster, kv):
             client.save(*arguments)
     with pytest.raises(ValueError, match="another client"):
         connect(cluster).save(kv.tokens, region, shape)
-    profile = shadowserve.Client(cluster.socket, codec="profile-00")
+    profiled = shadowserve.Client(cluster.socket, codec="profile-00")
     with pytest.raises(ValueError, match="no codec"):
-        profile.save(kv.tokens, profile.register(region.nbytes), shape)
+        profiled.save(kv.tokens, profiled.register(region.nbytes), shape)
+
+
+def test_a_profile_says_how_each_plane_is_encoded(saving, kv, tmp_path):
+    layers, _, heads, dim = kv.shape("k")
+    text = f"layers = {layers}\nkv_heads = {heads}\nhead_dim = {dim}\n[k]\n\"0-{layers - 1}\" = \"raw\"\n[v]\n\"0-{layers - 1}\" = \"int8\"\n"
+    path = tmp_path / "profile.toml"
+    path.write_text("# K as it is.\n" + text)
+    wrong = shadowserve.Client(saving.socket, codec="int4", profile=path)
+    region, shape = placed(wrong, kv)
+    with pytest.raises(shadowserve.Refused) as refused:
+        wrong.save(kv.tokens, region, shape).wait()
+    # The refusal names the codec to use.
+    name = re.search(r"profile-[0-9a-f]{32}", str(refused.value))[0]
+    client = shadowserve.Client(saving.socket, codec=name, profile=path)
+    report = save_all(saving, client, kv)
+    assert report.outcome == "done", report.message
+    other = shadowserve.Client(saving.socket, codec=name)
+    prefix = other.lookup(kv.tokens)
+    assert prefix.is_whole
+    region = other.register(prefix.sequence_bytes)
+    assert other.fetch(prefix, region).wait()
+    k, v = kv.bytes("k"), kv.bytes("v")
+    assert region.read(0, len(k)) == k
+    assert region.read(len(k), len(v)) != v
 
 
 def test_what_cannot_be_placed_is_refused_with_the_reason(cluster, kv):

@@ -2,10 +2,9 @@
 //! time, and only while no plane of a fetch waits to be decoded.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use arrayvec::ArrayVec;
-use compress::{Codec, Encoder, PlaneCodec, WriteError};
+use compress::{Encoder, Side, WriteError};
 use control::NotSavedReason;
 use dpdk::Ring;
 use gpu_dma::{Read, ReadBatch, Source};
@@ -57,32 +56,10 @@ impl EncodeCounters {
     }
 }
 
-/// An encoder whose codec changes from chunk to chunk, so that its buffers need not.
-pub(crate) struct AnyEncoder {
-    encoder: Encoder,
-    codec: Arc<AtomicU8>,
-}
-
-impl AnyEncoder {
-    /// An encoder for planes of up to `plane_bytes`. Has encoded one of each codec, so that its buffers are there.
-    pub(crate) fn new(zstd_level: i32) -> Self {
-        let codec = Arc::new(AtomicU8::new(Codec::Raw.wire()));
-        let current = Arc::clone(&codec);
-        let chosen =
-            move |_, _| PlaneCodec::from(Codec::from_wire(current.load(Relaxed)).unwrap_or(Codec::Raw));
-        Self { encoder: Encoder::mixed(chosen, zstd_level), codec }
-    }
-
-    fn of(&mut self, codec: Codec) -> &mut Encoder {
-        self.codec.store(codec.wire(), Relaxed);
-        &mut self.encoder
-    }
-}
-
 /// One encoder.
 pub(crate) struct EncodeStage<S> {
     pub(crate) source: S,
-    pub(crate) encoder: AnyEncoder,
+    pub(crate) encoder: Encoder,
     pub(crate) rings: EncodeRings,
     pub(crate) clock: Clock,
     pub(crate) counters: Arc<EncodeCounters>,
@@ -202,9 +179,11 @@ impl<S: Source<usize>> EncodeStage<S> {
         let (Some(save), Some(plane)) = (&job.save, job.writer.next_plane()) else { return 0 };
         let Some(slot) = self.read[plane % STAGING_SLOTS].take() else { return 0 };
         let shape = &save.chunks[job.chunk].shape;
+        let (layer, side) = (plane / 2, if plane.is_multiple_of(2) { Side::K } else { Side::V });
+        self.encoder.choose(save.codecs.plane(u16::try_from(layer).unwrap_or(u16::MAX), side));
         let before = job.writer.bytes().len();
         let bytes = shape.plane_bytes();
-        let added = job.writer.add_plane(self.encoder.of(save.codec), &slot.as_slice()[..bytes]);
+        let added = job.writer.add_plane(&mut self.encoder, &slot.as_slice()[..bytes]);
         self.free.push(slot);
         match added {
             Ok(()) => {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use compress::{ChunkWriter, Codec, Shape};
+use compress::{ChunkWriter, Codecs, Shape};
 use control::NotSavedReason;
 use gpu_dma::Origin;
 use protocol::Key;
@@ -12,7 +12,8 @@ use protocol::wire::offer::OfferStatus;
 
 /// What one save wants, shared by every stage.
 pub(crate) struct SaveShared {
-    pub(crate) codec: Codec,
+    /// How they are encoded; fits their shape.
+    pub(crate) codecs: Codecs,
     /// Its chunks, in the order that the client named them.
     pub(crate) chunks: Vec<SaveChunk>,
     /// When it must have ended, in nanoseconds of the data plane's clock.

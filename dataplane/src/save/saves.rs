@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 
-use compress::{Codec, Dtype, Shape};
-use control::{ChunkPlace, Command, Completion, NotSaved, NotSavedReason, Outcome, SaveFrom};
+use compress::{Codec, Codecs, Dtype, PlaneCodec, Profile, Shape};
+use control::{ChunkPlace, Command, Completion, NotSaved, NotSavedReason, Outcome, SaveCodec, SaveFrom};
 use dpdk::Ring;
 use gpu_dma::{ChunkShape as PlaceShape, Layout, Origin, PagedMemory, Placement};
 use hugepages::Arena;
@@ -113,6 +113,8 @@ impl Saves {
                 planes_per_chunk / 2
             ));
         }
+        let codecs = codecs_of(codec)?;
+        codecs.check(shape.layers, shape.kv_heads, shape.head_dim).map_err(|error| error.to_string())?;
         let place = Place::of(region, from)?;
         let chunk = |at: &ChunkPlace| {
             let (layers, kv_heads, head_dim, tokens) =
@@ -133,7 +135,7 @@ impl Saves {
             Ok(SaveChunk { key: Key(at.key), shape: encoded, from })
         };
         Ok(SaveShared {
-            codec: codec_of(*codec),
+            codecs,
             chunks: chunks.iter().map(chunk).collect::<Result<_, _>>()?,
             deadline_ns: now_ns.saturating_add(u64::from(*timeout_ms) * 1_000_000),
             cancelled: AtomicBool::new(false),
@@ -283,6 +285,24 @@ impl Place {
                 first_token: offset,
                 tokens: shape.tokens,
             }),
+        }
+    }
+}
+
+/// What a save's planes are encoded with. A profile must be the one that the chunks' keys stand for.
+fn codecs_of(codec: &SaveCodec) -> Result<Codecs, String> {
+    match codec {
+        SaveCodec::One(codec) => Ok(PlaneCodec::from(codec_of(*codec)).into()),
+        SaveCodec::Profile { id, text } => {
+            let profile = Profile::parse(text).map_err(|error| format!("the profile: {error}"))?;
+            let found = profile.id();
+            if *id != found {
+                return Err(format!(
+                    "the client's codec is {id:?} and its profile is {found:?}: a client that saves with this profile, and those that \
+                     fetch, give the latter as their codec"
+                ));
+            }
+            Ok(Codecs::Each(Arc::new(profile)))
         }
     }
 }

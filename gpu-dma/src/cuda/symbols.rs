@@ -166,7 +166,8 @@ impl Symbols {
         };
         let (mut function, mut status) = (std::ptr::null_mut::<c_void>(), 0);
         // SAFETY: writes a function's address, or null, and a status.
-        let code = unsafe { (self.proc_address)(BATCH.as_ptr(), &raw mut function, version, 0, &raw mut status) };
+        let code =
+            unsafe { (self.proc_address)(BATCH.as_ptr(), &raw mut function, version, 0, &raw mut status) };
         if code != 0 || function.is_null() {
             return None;
         }
@@ -210,6 +211,9 @@ mod tests {
             assert!(name.starts_with("cu"), "{name}");
             assert!(!RUNS_CODE.iter().any(|code| name.starts_with(code)), "{name}");
         }
-        assert!(Symbols::NAMES.contains(&"cuMemcpy2DAsync_v2"), "the table is not the one that copies go through");
+        assert!(
+            Symbols::NAMES.contains(&"cuMemcpy2DAsync_v2"),
+            "the table is not the one that copies go through"
+        );
     }
 }
