@@ -17,10 +17,10 @@ use control::{
 };
 use gpu_dma::cuda::Cuda;
 use gpu_dma::{
-    Batch, ChunkShape, Destination, DeviceIndex, Driver, FinishedBatch, GpuHealth, GpuSink, GpuSinkConfig,
-    PagedMemory, RingMemory, Sink, Transfer, paged, yardstick,
+    Batch, ChunkShape, Decoded, Destination, DeviceIndex, Driver, FinishedBatch, GpuHealth, GpuSink,
+    GpuSinkConfig, PagedMemory, ReceiveMemory, Received, RingMemory, Sink, Transfer, paged, yardstick,
 };
-use hugepages::{Arena, ArenaConfig, PageChoice, Slot, Slots};
+use hugepages::{Arena, ArenaConfig, DeviceWritable, PageChoice, Slot, Slots};
 use serde_json::{Value, json};
 
 use crate::bench_pages::Description;
@@ -190,7 +190,7 @@ fn deliver_into(flags: &Flags, file: &Path, delivered_gbps: f64) -> anyhow::Resu
                 tokens: CHUNK_TOKENS,
             };
             bytes += to.plane_bytes();
-            offered.push(Transfer { context: (), slot, to, plane: number % planes });
+            offered.push(Transfer { context: (), from: slot.into(), to, plane: number % planes });
             number = number.wrapping_add(1);
         }
         sink.submit(&mut offered);
@@ -198,7 +198,7 @@ fn deliver_into(flags: &Flags, file: &Path, delivered_gbps: f64) -> anyhow::Resu
         sink.poll(&mut finished);
         for done in finished.drain(..) {
             done.result?;
-            slots.push(done.slot);
+            slots.extend(done.from.into_slot());
         }
     }
     let done = rate(bytes, begun.elapsed(), Duration::ZERO, 1);
@@ -254,7 +254,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         "pages_32_kib": bench.pages(8)?,
         "pages_16_kib": bench.pages(4)?,
         "ring": bench.ring()?,
-        "dma_buf": cuda.probe_dma_buf(DeviceIndex(0)).err().map_or("exported".to_owned(), |why| why),
+        "received": bench.received()?,
     });
     println!("{report:#}");
     Ok(ExitCode::SUCCESS)
@@ -343,6 +343,21 @@ impl Bench<'_> {
 
     /// One plane through the sink, and what the holder then finds in the pages.
     fn check_pages(&mut self, memory: &Arc<PagedMemory>, table: &Arc<[u32]>) -> anyhow::Result<()> {
+        let slot = self.slots.pop().context("no slot")?;
+        let contents = slot.as_slice().to_vec();
+        let from = self.check_pages_of(memory, table, slot.into(), &contents)?;
+        self.slots.extend(from.into_slot());
+        Ok(())
+    }
+
+    /// The same of a plane that holds `contents`, wherever it is; gives it back.
+    fn check_pages_of(
+        &mut self,
+        memory: &Arc<PagedMemory>,
+        table: &Arc<[u32]>,
+        from: Decoded,
+        contents: &[u8],
+    ) -> anyhow::Result<Decoded> {
         let plane = 5;
         let to = Destination::Pages {
             memory: Arc::clone(memory),
@@ -350,11 +365,9 @@ impl Bench<'_> {
             first_token: 0,
             tokens: CHUNK_TOKENS,
         };
-        let slot = self.slots.pop().context("no slot")?;
-        let contents = slot.as_slice().to_vec();
         let mut sink = GpuSink::new(Arc::clone(&self.driver), self.config(), Arc::default())?;
         let mut offered = Batch::new();
-        offered.push(Transfer { context: (), slot, to, plane });
+        offered.push(Transfer { context: (), from, to, plane });
         let mut finished = FinishedBatch::new();
         while finished.is_empty() {
             sink.submit(&mut offered);
@@ -362,7 +375,6 @@ impl Bench<'_> {
             sink.poll(&mut finished);
         }
         let done = finished.pop().context("a transfer")?;
-        self.slots.push(done.slot);
         done.result?;
         let mut runs = Vec::new();
         paged::runs(memory.kv(), plane, table, 0, CHUNK_TOKENS, memory.order(), |run| runs.push(run));
@@ -372,11 +384,22 @@ impl Bench<'_> {
             let found = self.holder.sum(run.to, bytes)?;
             anyhow::ensure!(found == expected, "the page at {} holds {found}, not {expected}", run.to);
         }
-        Ok(())
+        Ok(done.from)
     }
 
     /// Planes through the sink for one round: as many as there are slots, each started anew when it has ended.
     fn sink_round(&mut self, to: impl Fn(usize, usize) -> Destination) -> anyhow::Result<Rate> {
+        let mut sources = self.slots.drain(..).map(Decoded::from).collect();
+        let rate = self.round_of(&mut sources, to);
+        self.slots.extend(sources.into_iter().filter_map(Decoded::into_slot));
+        rate
+    }
+
+    fn round_of(
+        &self,
+        sources: &mut Vec<Decoded>,
+        to: impl Fn(usize, usize) -> Destination,
+    ) -> anyhow::Result<Rate> {
         let health = Arc::new(GpuHealth::default());
         let mut sink = GpuSink::new(Arc::clone(&self.driver), self.config(), Arc::clone(&health))?;
         let (mut offered, mut finished) = (Batch::new(), FinishedBatch::new());
@@ -387,11 +410,11 @@ impl Bench<'_> {
             let turn = Instant::now();
             while begun.elapsed() < self.round
                 && !offered.is_full()
-                && let Some(slot) = self.slots.pop()
+                && let Some(from) = sources.pop()
             {
                 let plane = number % 64;
                 let to = to(number, plane);
-                offered.push(Transfer { context: to.plane_bytes(), slot, to, plane: u32::try_from(plane)? });
+                offered.push(Transfer { context: to.plane_bytes(), from, to, plane: u32::try_from(plane)? });
                 number += 1;
             }
             let submitted = sink.submit(&mut offered);
@@ -400,7 +423,7 @@ impl Bench<'_> {
             for done in finished.drain(..) {
                 done.result?;
                 bytes += done.context;
-                self.slots.push(done.slot);
+                sources.push(done.from);
             }
             if submitted + ended > 0 {
                 busy += turn.elapsed();
@@ -408,10 +431,74 @@ impl Bench<'_> {
         }
         let elapsed = begun.elapsed();
         for left in offered.drain(..) {
-            self.slots.push(left.slot);
+            sources.push(left.from);
         }
         let copies = health.named().iter().find(|(name, _)| *name == "gpu_copies").map_or(1, |(_, n)| *n);
         Ok(rate(bytes, elapsed, busy, copies))
+    }
+
+    /// Planes that lie in the GPU's memory in pieces, as a NIC would have put them there, to pages of 32 KiB; beside them the same planes from slots.
+    fn received(&mut self) -> anyhow::Result<Value> {
+        let kv = self.cache(8);
+        kv.check()?;
+        let memory = Arc::new(PagedMemory::open(&self.driver, kv)?);
+        let tables = tables(memory.kv());
+        let to = |number: usize, plane: usize| Destination::Pages {
+            memory: Arc::clone(&memory),
+            table: Arc::clone(&tables[(number / 64 + plane) % tables.len()]),
+            first_token: 0,
+            tokens: CHUNK_TOKENS,
+        };
+        let mut report = serde_json::Map::new();
+        // What segments have at an MTU of 1,500 and 9,000, and as if a page were one.
+        for piece_bytes in [1440, 8928, 32 << 10] {
+            let mut planes = self.received_planes(piece_bytes)?;
+            let (mut ours, mut slots) = (Vec::new(), Vec::new());
+            self.check_received(&memory, &tables[0], &mut planes)?;
+            for _ in 0..self.flags.rounds {
+                ours.push(self.round_of(&mut planes, to)?);
+                slots.push(self.sink_round(to)?);
+            }
+            report
+                .insert(format!("pieces_of_{piece_bytes}"), compare("received", &ours, "from_slots", &slots));
+        }
+        Ok(report.into())
+    }
+
+    /// Copies of the slots' planes in pieces of GPU memory, no two of which touch.
+    fn received_planes(&self, piece_bytes: usize) -> anyhow::Result<Vec<Decoded>> {
+        let pieces = SLOT_BYTES.div_ceil(piece_bytes);
+        let room = (piece_bytes + 128).next_multiple_of(64);
+        let count = self.slots.len().min(16);
+        let memory = ReceiveMemory::allocate(&self.driver, DeviceIndex(0), count * pieces * room)?;
+        let memory = Arc::new(memory);
+        let mut planes = Vec::new();
+        for (number, slot) in self.slots.iter().take(count).enumerate() {
+            let mut plane = Box::new(Received::new(Arc::clone(&memory), pieces));
+            plane.begin(piece_bytes as u64);
+            for piece in 0..pieces {
+                let address = memory.address() + (number * pieces + piece) * room;
+                let bytes = piece_bytes.min(SLOT_BYTES - piece * piece_bytes);
+                anyhow::ensure!(plane.push(address as u64, bytes as u64), "a piece lies in the memory");
+            }
+            yardstick::play_nic(&*self.driver, slot, &plane)?;
+            planes.push(Decoded::Received(plane));
+        }
+        Ok(planes)
+    }
+
+    /// One of these planes through the sink, and what the holder then finds in the pages; the first plane is the first slot's.
+    fn check_received(
+        &mut self,
+        memory: &Arc<PagedMemory>,
+        table: &Arc<[u32]>,
+        planes: &mut Vec<Decoded>,
+    ) -> anyhow::Result<()> {
+        let contents = self.slots[0].as_slice().to_vec();
+        let from = planes.remove(0);
+        let from = self.check_pages_of(memory, table, from, &contents)?;
+        planes.insert(0, from);
+        Ok(())
     }
 
     /// How the bare loops are run: as the sink does, without its bookkeeping.

@@ -6,16 +6,21 @@ use clap::Args;
 use dpdk::{CompressDev, Eal, EalConfig, LogLevel};
 use serde_json::{Map, Value, json};
 
+use crate::gpudirect;
+
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
     /// Print one JSON object on standard output
     #[arg(long)]
     json: bool,
+    /// Look at this port too, without opening it: a PCI address or a virtual device (0000:03:00.0, net_null0)
+    #[arg(long, value_name = "DEVICE")]
+    port: Option<String>,
 }
 
 /// How a finding bears on running here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Grade {
+pub(crate) enum Grade {
     /// As it should be.
     Good,
     /// Runs, but slower or with less.
@@ -23,25 +28,26 @@ enum Grade {
 }
 
 /// One thing that was looked at.
-struct Finding {
-    name: &'static str,
-    grade: Grade,
-    found: String,
+pub(crate) struct Finding {
+    pub(crate) name: &'static str,
+    pub(crate) grade: Grade,
+    pub(crate) found: String,
     /// What to do about it, if it lacks something.
-    advice: &'static str,
+    pub(crate) advice: &'static str,
 }
 
 pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
+    let eal = start_eal(flags.port.as_deref());
     let findings = [
         dpdk(),
         drivers(),
-        compress_devices(),
+        compress_devices(&eal),
         hugepages(),
         numa(),
         isolated_cores(),
         cpu_features(),
         cuda(),
-        gpudirect(),
+        gpudirect::finding(&eal, flags.port.as_deref()),
     ];
     if flags.json {
         println!("{}", to_json(&findings));
@@ -66,7 +72,7 @@ fn to_json(findings: &[Finding]) -> Value {
     Value::Object(entries.collect::<Map<_, _>>())
 }
 
-fn graded(good: bool) -> Grade {
+pub(crate) fn graded(good: bool) -> Grade {
     if good { Grade::Good } else { Grade::Lacking }
 }
 
@@ -85,21 +91,27 @@ fn drivers() -> Finding {
     }
 }
 
-/// What the linked compression drivers can do; those of hardware cannot be asked without its address.
-fn compress_devices() -> Finding {
+/// An environment to try things in. One that is to look at a port may touch its bus.
+fn start_eal(port: Option<&str>) -> Result<Eal, String> {
     let config = EalConfig {
         huge: false,
-        memory_mib: Some(32),
+        memory_mib: Some(64),
         file_prefix: format!("shadowserve-doctor-{}", std::process::id()),
         log_level: LogLevel::Error,
-        extra: vec!["--no-pci".into()],
+        vdevs: vec![gpudirect::NULL_PORT.into()],
+        extra: if port.is_some() { Vec::new() } else { vec!["--no-pci".into()] },
         ..EalConfig::default()
     };
+    Eal::start(&config).map_err(|error| error.to_string())
+}
+
+/// What the linked compression drivers can do; those of hardware cannot be asked without its address.
+fn compress_devices(eal: &Result<Eal, String>) -> Finding {
     let advice = "planes are decompressed on the lcores; for compress_isal: apt-get install libisal2";
     let finding = |grade, found| Finding { name: "compress", grade, found, advice };
-    let eal = match Eal::start(&config) {
+    let eal = match eal {
         Ok(eal) => eal,
-        Err(error) => return finding(Grade::Lacking, error.to_string()),
+        Err(error) => return finding(Grade::Lacking, error.clone()),
     };
     let mut all_work = true;
     let told: Vec<String> = dpdk::drivers()
@@ -107,7 +119,7 @@ fn compress_devices() -> Finding {
         .filter(|driver| driver.starts_with("compress_"))
         .map(|driver| match driver.as_str() {
             "compress_mlx5" => "compress_mlx5: give a BlueField's PCI address to --compress-dev".to_owned(),
-            name => CompressDev::probe(&eal, name).map_or_else(
+            name => CompressDev::probe(eal, name).map_or_else(
                 |error| {
                     all_work = false;
                     format!("{name}: {error}")
@@ -187,27 +199,6 @@ fn cpu_features() -> Finding {
         grade: graded(features[..2].iter().all(|feature| feature.1)),
         found: format!("{} ({})", std::env::consts::ARCH, found.join(" ")),
         advice: "without vector and CRC instructions decoding is several times slower",
-    }
-}
-
-/// Whether packets could go straight into GPU memory. Nothing does so yet: what is reported is the half of it that can be
-/// tried without a port.
-fn gpudirect() -> Finding {
-    let found = match gpu_dma::cuda::Cuda::open(|number| number == 0) {
-        Ok(cuda) if gpu_dma::Driver::devices(&cuda).is_empty() => Err("no GPU".into()),
-        Ok(cuda) => cuda.probe_dma_buf(gpu_dma::DeviceIndex(0)),
-        Err(reason) => Err(reason.to_string()),
-    };
-    Finding {
-        name: "gpudirect",
-        grade: graded(found.is_ok()),
-        found: match found {
-            Ok(()) => {
-                "GPU memory can be exported as a dma-buf; this version receives into host memory".into()
-            }
-            Err(reason) => reason,
-        },
-        advice: "packets are received into host memory, and planes copied to the GPU, which needs none of this",
     }
 }
 

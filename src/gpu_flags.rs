@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Args;
-use dataplane::{GpuConfig, parse_cpus};
+use clap::{Args, ValueEnum};
+use dataplane::{GpuConfig, GpuDirect, parse_cpus};
 use gpu_dma::cuda::{Cuda, CudaError};
 use gpu_dma::{Driver, GpuSinkConfig};
 
@@ -28,6 +28,18 @@ pub(crate) struct GpuFlags {
     /// How long a plane waits for a free entry of a GPU ring before its chunk fails, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 200)]
     ring_patience_ms: u64,
+    /// Receive planes of codec raw into the memory of the first GPU, which takes a NIC and a driver that can (see `shadowserve doctor --port`):
+    /// off, auto (host memory where it cannot be) or on. The CRC of such planes is not checked, UDP's checksums are, by the NIC
+    #[arg(long, value_name = "WHEN", default_value = "off")]
+    gpudirect: GpuDirectFlag,
+}
+
+/// `--gpudirect`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum GpuDirectFlag {
+    Off,
+    Auto,
+    On,
 }
 
 impl GpuFlags {
@@ -40,7 +52,12 @@ impl GpuFlags {
             ring_patience: Duration::from_millis(self.ring_patience_ms),
             ..GpuSinkConfig::default()
         };
-        Ok(GpuConfig { driver: self.driver()?, sink })
+        let direct = match self.gpudirect {
+            GpuDirectFlag::Off => GpuDirect::Off,
+            GpuDirectFlag::Auto => GpuDirect::Auto,
+            GpuDirectFlag::On => GpuDirect::On,
+        };
+        Ok(GpuConfig { driver: self.driver()?, sink, direct })
     }
 
     fn driver(&self) -> anyhow::Result<Option<Arc<dyn Driver>>> {

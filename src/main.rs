@@ -15,6 +15,7 @@ mod fault_proxy;
 mod fetch;
 mod flags;
 mod gpu_flags;
+mod gpudirect;
 mod make_profile;
 mod report;
 mod save;

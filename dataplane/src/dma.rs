@@ -1,7 +1,7 @@
 //! The dma stage: decoded planes from their slots to the sink, in batches.
 
 use dpdk::Ring;
-use gpu_dma::{Batch, FinishedBatch, Sink, Transfer};
+use gpu_dma::{Batch, Decoded, FinishedBatch, Sink, Transfer};
 use hugepages::Slot;
 use iface::{Clock, Stage};
 
@@ -52,12 +52,14 @@ impl<S: Sink<Box<PlaneJob>>> DmaStage<S> {
             && let Some(mut job) = self.rings.decoded.dequeue()
         {
             job.times.dma_begin_ns = now_ns;
-            let (Some(slot), Some(fetch)) = (job.slot.take(), job.fetch.as_ref()) else {
-                unreachable!("a decoded plane has its slot and its fetch");
+            let slot = job.slot.take().map(Decoded::Slot);
+            let from = slot.or_else(|| job.received.take().map(Decoded::Received));
+            let (Some(from), Some(fetch)) = (from, job.fetch.as_ref()) else {
+                unreachable!("a decoded plane has its slot, or lies in GPU memory, and its fetch");
             };
             let to = fetch.destination(job.chunk);
             let plane = u32::try_from(job.plane).unwrap_or(u32::MAX);
-            self.offered.push(Transfer { context: job, slot, to, plane });
+            self.offered.push(Transfer { context: job, from, to, plane });
             taken += 1;
         }
         taken
@@ -70,8 +72,17 @@ impl<S: Sink<Box<PlaneJob>>> DmaStage<S> {
         let now_ns = self.clock.now_ns();
         let finished = self.finished.len();
         for done in self.finished.drain(..) {
-            assert!(self.rings.slots.enqueue(done.slot).is_ok(), "the ring has room for every slot");
             let mut job = done.context;
+            match done.from {
+                Decoded::Slot(slot) => {
+                    assert!(self.rings.slots.enqueue(slot).is_ok(), "the ring has room for every slot");
+                }
+                Decoded::Received(received) => {
+                    job.received = Some(received);
+                    // From here on the NIC may write there again.
+                    job.drop_segments();
+                }
+            }
             job.times.dma_end_ns = now_ns;
             job.outcome =
                 if done.result.is_ok() { PlaneOutcome::Delivered } else { PlaneOutcome::NotDelivered };

@@ -9,6 +9,7 @@ use gpu_dma::{
 };
 use hugepages::Arena;
 
+use crate::direct::GpuDirect;
 use crate::fetches::RegionMemory;
 
 /// The GPUs to deliver to, if any, and how.
@@ -18,6 +19,8 @@ pub struct GpuConfig {
     pub driver: Option<Arc<dyn Driver>>,
     /// Streams and batches.
     pub sink: GpuSinkConfig,
+    /// Whether planes are received into the first GPU's memory.
+    pub direct: GpuDirect,
 }
 
 /// What control thread and dma stages share of the GPUs.

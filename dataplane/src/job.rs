@@ -6,10 +6,13 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use compress::{Dtype, OutDtype, PlaneEntry, Shape};
 use control::{ElementType, MissingReason};
-use dpdk::{Burst, Mbuf};
-use gpu_dma::{ChunkShape as SinkShape, Destination, PagedMemory, Placement, RingMemory, SlotOrder};
+use dpdk::{Burst, DeviceBuffer, Mbuf};
+use gpu_dma::{
+    ChunkShape as SinkShape, Destination, PagedMemory, Placement, ReceiveMemory, Received, RingMemory,
+    SlotOrder,
+};
 use hugepages::{Arena, Slot};
-use protocol::{ChunkFailure, ChunkInfo, ChunkShape, Key, LookupOutcome, TransferId};
+use protocol::{ChunkFailure, ChunkInfo, ChunkShape, Key, LookupOutcome, StoreIndex, TransferId};
 
 use crate::latency::{Latencies, PlaneTimes};
 
@@ -186,6 +189,13 @@ pub(crate) struct PlaneJob {
     pub(crate) segment_count: usize,
     /// Those of them, chained, that a compression device reads or has read.
     pub(crate) tail: Option<Mbuf>,
+    /// Of a plane that is received into GPU memory: its segments, and how many there are. Without GPUDirect there is room for none.
+    pub(crate) buffers: Box<[Option<DeviceBuffer>]>,
+    pub(crate) buffer_count: usize,
+    /// The same plane as a sink takes it.
+    pub(crate) received: Option<Box<Received>>,
+    /// Where its segments were asked to come to.
+    pub(crate) route: Option<Route>,
     /// The decoded plane, between decode and dma.
     pub(crate) slot: Option<Box<Slot>>,
     /// Bytes of the decoded plane.
@@ -201,6 +211,13 @@ impl PlaneJob {
     pub(crate) fn new(queue: usize, max_segments: usize) -> Box<Self> {
         let segments = (0..max_segments).map(|_| None).collect();
         Box::new(Self { queue, segments, ..Self::default() })
+    }
+
+    /// Gives it room for the segments of a plane in GPU memory.
+    pub(crate) fn receive_into(&mut self, memory: &Arc<ReceiveMemory>) {
+        let most = self.segments.len();
+        self.buffers = (0..most).map(|_| None).collect();
+        self.received = Some(Box::new(Received::new(Arc::clone(memory), most)));
     }
 
     /// The encoded plane, piece by piece.
@@ -237,6 +254,10 @@ impl PlaneJob {
     /// Gives the packets back to their pool: those of the plane if it is whole, else whatever arrived.
     pub(crate) fn drop_segments(&mut self) {
         self.tail = None;
+        if self.buffer_count > 0 {
+            self.buffers.iter_mut().for_each(|buffer| *buffer = None);
+            self.buffer_count = 0;
+        }
         let end = if self.segment_count > 0 { self.segment_count } else { self.segments.len() };
         let mut burst = Burst::new();
         for mbuf in self.segments[..end].iter_mut().filter_map(Option::take) {
@@ -248,6 +269,17 @@ impl PlaneJob {
         }
         self.segment_count = 0;
     }
+}
+
+/// What was decided when a plane's first segments were asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Route {
+    /// The tag that it is pulled under.
+    pub(crate) tag: u32,
+    /// The store that it is pulled from.
+    pub(crate) store: StoreIndex,
+    /// Whether it is to be received into GPU memory.
+    pub(crate) is_direct: bool,
 }
 
 /// What the control thread and a queue say to each other. The queue answers every message by sending it back, filled

@@ -10,6 +10,7 @@ mod chunk_layout;
 mod config;
 mod control_thread;
 mod decode;
+mod direct;
 mod dma;
 mod fetches;
 mod gpu;
@@ -32,10 +33,11 @@ use tracing::info;
 
 use crate::control_thread::ControlThread;
 use crate::gpu::Gpus;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{DirectState, Pipeline};
 use crate::save::saves::Saves;
 
 pub use crate::config::{Config, ConfigError, SaveConfig};
+pub use crate::direct::{GpuDirect, NoGpuDirect};
 pub use crate::gpu::GpuConfig;
 pub use crate::pipeline::BuildError;
 pub use crate::placement::{Placement, PlacementError, StageKind, parse_cpus};
@@ -89,6 +91,13 @@ fn serve(
         let names: Vec<String> =
             driver.devices().iter().map(|device| format!("{}: {}", device.ordinal, device.name)).collect();
         info!("GPU memory is delivered to on {} by {}", names.join(", "), driver.method());
+    }
+    match &pipeline.direct {
+        DirectState::Off => {}
+        DirectState::On => {
+            info!("planes of codec raw are received into the memory of the first GPU (GPUDirect)")
+        }
+        DirectState::Refused(why) => info!("no GPUDirect, planes are received into host memory: {why}"),
     }
     info!(
         "ready: {} queues on {}, lcores {}, {} slots in {}{fallback}, clients at {}",

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::gpu::Gpus;
 use crate::latency::Latencies;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{DirectState, Pipeline};
 use crate::save::saves::Saves;
 
 /// The report behind `shadowserve fetch --json` and [`control::Command::Stats`]; names are stable, units in the names.
@@ -21,6 +21,7 @@ pub(crate) fn report(
         "counters": counters(pipeline),
         "save": save(pipeline, saves),
         "gpu": gpu(gpus),
+        "gpudirect": gpudirect(pipeline),
         "stages": latencies.to_json(),
         "memory": memory(pipeline),
         "lcores": lcores(pipeline),
@@ -68,6 +69,24 @@ fn gpu(gpus: &Gpus) -> Value {
     object.insert("method".into(), driver.method().into());
     object.extend(gpus.health.named().map(|(name, count)| (name.to_owned(), count.into())));
     Value::Object(object)
+}
+
+/// `null` where it was not asked for.
+fn gpudirect(pipeline: &Pipeline) -> Value {
+    let refused = match &pipeline.direct {
+        DirectState::Off => return Value::Null,
+        DirectState::On => None,
+        DirectState::Refused(why) => Some(why),
+    };
+    let (mut sums, mut buffers, mut in_use) = (Map::new(), 0, 0);
+    for (counters, pool) in pipeline.queues.iter().filter_map(|queue| queue.direct.as_ref()) {
+        for (name, counter) in counters.named() {
+            add(&mut sums, name, &json!(counter.get()));
+        }
+        buffers += pool.capacity();
+        in_use += pool.in_use();
+    }
+    json!({ "refused": refused, "counters": sums, "buffers": buffers, "buffers_in_use": in_use })
 }
 
 fn add(sums: &mut Map<String, Value>, name: &str, value: &Value) {

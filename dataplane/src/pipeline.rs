@@ -8,9 +8,10 @@ use std::time::Duration;
 use arrayvec::ArrayVec;
 use compress::Decoder;
 use dpdk::{
-    CompressDev, CompressError, CompressQueue, Eal, LaunchError, Pool, Port, Ring, RingError, RingMode,
+    CompressDev, CompressError, CompressQueue, DevicePool, Eal, LaunchError, Pool, Port, Ring, RingError,
+    RingMode,
 };
-use gpu_dma::{DriverError, Sinks, Sources};
+use gpu_dma::{DriverError, ReceiveMemory, Sinks, Sources};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
 use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
 use protocol::frame::max_segment_bytes;
@@ -21,6 +22,7 @@ use protocol::{FetchConfig, FetchEngine, ServeConfig};
 use crate::chunk_layout::EncodedChunks;
 use crate::config::{Config, ConfigError};
 use crate::decode::{DecodeDevice, DecodeRings, DecodeStage, OffloadCounters, PlaneDecoder};
+use crate::direct::{self, DirectCounters, DirectQueue, GpuDirect, NoGpuDirect, Prepared};
 use crate::dma::{DmaRings, DmaStage};
 use crate::fetches::{FetchLimits, Fetches, QueueEnds};
 use crate::gpu::Gpus;
@@ -62,6 +64,9 @@ pub enum BuildError {
     /// a GPU could not be made ready
     #[error("the GPU cannot be used: {0}; --gpu none does without")]
     Gpu(#[from] DriverError),
+    /// planes cannot be received into GPU memory, and were to be
+    #[error("--gpudirect on: {0}; --gpudirect auto does without where it must")]
+    Direct(#[from] NoGpuDirect),
     /// an lcore could not be started
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -89,6 +94,18 @@ pub(crate) struct QueueView {
     pub(crate) planes: Arc<PlaneCounters>,
     pub(crate) offers: Arc<OfferCounts>,
     pub(crate) pool: Pool,
+    /// Where it receives into GPU memory.
+    pub(crate) direct: Option<(Arc<DirectCounters>, DevicePool)>,
+}
+
+/// Whether planes are received into GPU memory.
+pub(crate) enum DirectState {
+    /// It was not asked for.
+    Off,
+    /// They are.
+    On,
+    /// They are not, and why.
+    Refused(String),
 }
 
 /// What the control thread can see of one lcore.
@@ -116,6 +133,7 @@ pub(crate) struct Pipeline {
     pub(crate) offloads: Vec<Arc<OffloadCounters>>,
     /// What each decode lcore counts of what it encodes; none if nothing is saved.
     pub(crate) encoders: Vec<Arc<EncodeCounters>>,
+    pub(crate) direct: DirectState,
     stop: Arc<AtomicBool>,
 }
 
@@ -146,7 +164,9 @@ impl Budget {
             u32::try_from(config.slot_bytes + config.slot_bytes / 16 + 4096).unwrap_or(u32::MAX);
         let plane_segments = max_plane_bytes.div_ceil(u32::from(segment_bytes));
         // What the device's rings and each lcore's pool cache can hold is not there for planes.
-        let reserved = u32::from(config.iface.rx_descriptors) + u32::from(config.iface.tx_descriptors) + 512;
+        let rx_rings = if config.gpu.direct == GpuDirect::Off { 1 } else { 2 };
+        let reserved =
+            rx_rings * u32::from(config.iface.rx_descriptors) + u32::from(config.iface.tx_descriptors) + 512;
         let needed = reserved + 2 * plane_segments;
         if config.iface.mbufs < needed {
             return Err(ConfigError::Mbufs {
@@ -265,7 +285,10 @@ impl Pipeline {
         let (stores, hops) = stores_of(config)?;
         // The device steers what the first store sends; of what others send, a part is passed on between queues.
         let peer = stores.first().map(|store| (store.ip, store.port));
-        let opened = iface::open(eal, &config.iface, peer, &hops)?;
+        let prepared = direct::prepare(eal, config, gpus)?;
+        let usable = prepared.as_ref().ok().and_then(Option::as_ref);
+        let opened = iface::open_direct(eal, &config.iface, peer, &hops, usable.map(|usable| &usable.port))?;
+        let direct = direct_state(config, &prepared, opened.direct_refused.as_deref())?;
 
         let jobs = u32::from(budget.active_planes) * u32::from(budget.queues);
         let rings = Rings::new(eal, &budget, config, jobs)?;
@@ -283,9 +306,18 @@ impl Pipeline {
         let (mut rx_stages, mut ends, mut queues) = (Vec::new(), Vec::new(), Vec::new());
         for (queue, (link, pool)) in (0..).zip(links.into_iter().zip(pools)) {
             let link_counters = Arc::clone(link.counters());
-            let (stage, queue_ends) = builder.rx(queue, link, ports.clone())?;
+            let memory = usable.map(|usable| &usable.memory);
+            let (stage, queue_ends) = builder.rx(queue, link, ports.clone(), memory)?;
             let planes = Arc::clone(&stage.counters);
-            queues.push(QueueView { link: link_counters, planes, offers: stage.offers.counts(), pool });
+            let direct =
+                stage.direct.as_ref().map(|direct| (Arc::clone(&direct.counters), direct.pool.clone()));
+            queues.push(QueueView {
+                link: link_counters,
+                planes,
+                offers: stage.offers.counts(),
+                pool,
+                direct,
+            });
             rx_stages.push(stage);
             ends.push(queue_ends);
         }
@@ -311,6 +343,7 @@ impl Pipeline {
             compress_dev,
             offloads,
             encoders: encode_counters,
+            direct,
             stop,
         };
         let save_limits = SaveLimits {
@@ -328,6 +361,23 @@ impl Pipeline {
         self.stop.store(true, Ordering::Relaxed);
         (0..self.lcores.len()).map(|worker| eal.wait(worker).is_ok()).fold(true, |all, ended| all & ended)
     }
+}
+
+/// What becomes of the wish for GPUDirect, now that the port is open.
+fn direct_state(
+    config: &Config,
+    prepared: &Result<Option<Prepared>, NoGpuDirect>,
+    refused: Option<&str>,
+) -> Result<DirectState, NoGpuDirect> {
+    Ok(match (prepared, refused) {
+        (Ok(None), _) => DirectState::Off,
+        (Ok(Some(_)), None) => DirectState::On,
+        (Ok(Some(_)), Some(why)) if config.gpu.direct == GpuDirect::On => {
+            return Err(NoGpuDirect::Refused(why.to_owned()));
+        }
+        (Ok(Some(_)), Some(why)) => DirectState::Refused(why.to_owned()),
+        (Err(reason), _) => DirectState::Refused(reason.to_string()),
+    })
 }
 
 /// The stores, and the neighbours through which they are reached.
@@ -397,12 +447,20 @@ impl StageBuilder<'_> {
         queue: u16,
         link: iface::Link,
         ports: iface::steer::PortMap,
+        memory: Option<&Arc<ReceiveMemory>>,
     ) -> Result<(RxStage, QueueEnds), BuildError> {
         let entries = entries(Fetches::ring_entries(&self.limits));
         let (to_queue, messages) = Ring::spsc(self.eal, &format!("messages{queue}"), entries)?;
         let (answers, from_queue) = Ring::spsc(self.eal, &format!("answers{queue}"), entries)?;
         let index = usize::from(queue);
-        let new_job = || Some(PlaneJob::new(index, self.budget.plane_segments as usize));
+        let direct = self.direct(queue, &link, &ports, memory);
+        let new_job = || {
+            let mut job = PlaneJob::new(index, self.budget.plane_segments as usize);
+            if let Some(memory) = memory.filter(|_| direct.is_some()) {
+                job.receive_into(memory);
+            }
+            Some(job)
+        };
         let ends = QueueEnds { messages: to_queue, answers: from_queue };
         let stage = RxStage {
             queue,
@@ -424,6 +482,7 @@ impl StageBuilder<'_> {
             )?,
             rings: RxRings {
                 decode: self.rings.decode.clone(),
+                decoded: self.rings.decoded.clone(),
                 returned: self.rings.returned[index].clone(),
                 messages,
                 answers,
@@ -435,8 +494,26 @@ impl StageBuilder<'_> {
             latencies: Latencies::default(),
             counters: Arc::default(),
             offers: self.offers(index)?,
+            direct,
         };
         Ok((stage, ends))
+    }
+
+    /// A queue's receiving into `memory`, if its link does that.
+    fn direct(
+        &self,
+        queue: u16,
+        link: &iface::Link,
+        ports: &iface::steer::PortMap,
+        memory: Option<&Arc<ReceiveMemory>>,
+    ) -> Option<DirectQueue> {
+        Some(DirectQueue {
+            device: memory?.device(),
+            port: ports.direct_port(queue)?,
+            stores: vec![true; self.stores.len()],
+            counters: Arc::default(),
+            pool: link.direct_pool()?,
+        })
     }
 
     /// What offers encoded chunks on one queue.

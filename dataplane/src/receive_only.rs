@@ -85,7 +85,7 @@ pub fn receive_only(
     let builder = StageBuilder { eal, config, budget, limits, stores, rings: &rings, clock, gpus: &gpus };
     let link = opened.links.swap_remove(0);
     let link_counters = Arc::clone(link.counters());
-    let (rx, mut ends) = builder.rx(0, link, opened.ports.clone())?;
+    let (rx, mut ends) = builder.rx(0, link, opened.ports.clone(), None)?;
     let plane_counters = Arc::clone(&rx.counters);
     let discard = Discard { planes: rings.decode.clone(), returned: rings.returned.clone() };
     let lcore_stop = Arc::new(AtomicBool::new(false));

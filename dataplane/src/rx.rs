@@ -16,6 +16,7 @@ use protocol::{
 };
 
 use crate::chunk_layout::EncodedChunks;
+use crate::direct::DirectQueue;
 use crate::job::{
     FetchPart, LookupAnswer, LookupPart, PartId, PlaneJob, PlaneOutcome, QueueMessage, REJECTED_BY_SINK,
     REJECTED_SHAPE, REJECTED_UNDECODABLE, missing_reason,
@@ -76,6 +77,8 @@ impl PlaneCounters {
 pub(crate) struct RxRings {
     /// Planes to decode.
     pub(crate) decode: Ring<Box<PlaneJob>>,
+    /// Planes that need no decoding.
+    pub(crate) decoded: Ring<Box<PlaneJob>>,
     /// Planes that come back, delivered or not.
     pub(crate) returned: Ring<Box<PlaneJob>>,
     /// From the control thread.
@@ -104,6 +107,8 @@ pub(crate) struct RxStage {
     pub(crate) latencies: Latencies,
     pub(crate) counters: Arc<PlaneCounters>,
     pub(crate) offers: Offers,
+    /// Receiving into GPU memory, if that is done.
+    pub(crate) direct: Option<DirectQueue>,
 }
 
 /// The jobs of a queue, by transfer slot; a job is away while later stages have it.
@@ -121,6 +126,9 @@ impl Stage for RxStage {
         let mut work = self.take_returned(now);
         work += self.take_messages(now);
         work += self.receive(now_ns);
+        if self.direct.is_some() {
+            work += self.receive_direct(now_ns);
+        }
         work += self.take_strays(now);
         if self.engine.poll_timeout().is_some_and(|due| due <= now) {
             self.engine.handle_timeout(now);
@@ -163,6 +171,30 @@ impl RxStage {
                     pass_on(&rings.strays_of[usize::from(owner)], from, datagram.mbuf)
                 }
                 None => Err(DropReason::ForeignPort),
+            };
+            if let Err(reason) = result {
+                link_counters.dropped.add(reason);
+            }
+        })
+    }
+
+    fn receive_direct(&mut self, now_ns: u64) -> usize {
+        let Self { queue, ports, stores, link, engine, planes, counters, direct, .. } = self;
+        let Some(direct) = direct else { return 0 };
+        let link_counters: Arc<LinkCounters> = Arc::clone(link.counters());
+        link.receive_direct(now_ns, |datagram| {
+            let (from, to_port) = (datagram.from, datagram.to_port);
+            let result = match store_of(stores, &from) {
+                None => Err(DropReason::UnknownPeer),
+                Some(_) if ports.queue(to_port) != Some(*queue) => {
+                    counters.misdirected.add(1);
+                    Err(DropReason::ForeignPort)
+                }
+                Some(store) if datagram.segment.is_none() => {
+                    let from = (store, datagram.marked);
+                    planes.take_datagram(engine, counters, now_ns, from, datagram.mbuf)
+                }
+                Some(store) => direct.take(engine, planes, counters, now_ns, store, datagram),
             };
             if let Err(reason) = result {
                 link_counters.dropped.add(reason);
@@ -355,12 +387,23 @@ impl RxStage {
         job.segment_count = usize::try_from(segments).unwrap_or(usize::MAX);
         job.outcome = PlaneOutcome::Pending;
         job.times.arrived_ns = now_ns;
-        let sent = self.rings.decode.enqueue(job);
-        assert!(sent.is_ok(), "the ring has room for every job");
+        let ring = if job.buffer_count > 0 { self.gather(&mut job) } else { &self.rings.decode };
+        assert!(ring.enqueue(job).is_ok(), "the ring has room for every job");
+    }
+
+    /// Of a plane in GPU memory; where it goes next.
+    #[cold]
+    fn gather(&mut self, job: &mut PlaneJob) -> &Ring<Box<PlaneJob>> {
+        if let Some(direct) = &mut self.direct {
+            direct.gather(job);
+        }
+        (job.times.decode_begin_ns, job.times.decode_end_ns) = (job.times.arrived_ns, job.times.arrived_ns);
+        if job.outcome == PlaneOutcome::Pending { &self.rings.decoded } else { &self.rings.returned }
     }
 
     fn transmit(&mut self, now: Instant) -> usize {
-        let Self { queue, ports, stores, macs, link, engine, paths, offers, .. } = self;
+        let Self { queue, ports, stores, macs, link, engine, paths, offers, direct, planes, parts, .. } =
+            self;
         for (mac, store) in macs.iter_mut().zip(stores.iter()) {
             *mac = link.neighbour(store.next_hop).or(*mac);
         }
@@ -379,6 +422,20 @@ impl RxStage {
                 // Fetches go first; what is saved goes with what the link has left.
                 while let Some(transmit) = engine.poll_transmit(now, buffer) {
                     if let Some(to) = address(stores, macs, transmit.store) {
+                        let from_port = match direct {
+                            Some(direct)
+                                if direct.wants(
+                                    engine,
+                                    planes,
+                                    parts,
+                                    transmit.store,
+                                    &buffer[..transmit.len],
+                                ) =>
+                            {
+                                direct.port
+                            }
+                            _ => from_port,
+                        };
                         return Some(outgoing(from_port, to, transmit.len, false));
                     }
                 }
@@ -424,6 +481,17 @@ impl Planes {
         let excess = mbuf.data().len() - data.end;
         mbuf.trim_back(excess);
         mbuf.trim_front(data.start);
+        let job = self.receiving(transfer, now_ns);
+        let segment = usize::try_from(segment).unwrap_or(usize::MAX);
+        job.segments[segment] = Some(mbuf);
+        Ok(())
+    }
+}
+
+impl Planes {
+    /// The job of a plane of which a segment was accepted.
+    #[inline]
+    pub(crate) fn receiving(&mut self, transfer: TransferId, now_ns: u64) -> &mut PlaneJob {
         let Some(job) = &mut self.0[transfer.slot()] else {
             unreachable!("the engine accepts no segment of a plane that has arrived");
         };
@@ -431,9 +499,7 @@ impl Planes {
             job.transfer = Some(transfer);
             job.times.first_packet_ns = now_ns;
         }
-        let segment = usize::try_from(segment).unwrap_or(usize::MAX);
-        job.segments[segment] = Some(mbuf);
-        Ok(())
+        job
     }
 }
 
@@ -442,7 +508,7 @@ impl Parts {
         self.0[slot] = Some(message);
     }
 
-    fn fetch(&mut self, fetch: FetchId) -> Option<&mut FetchPart> {
+    pub(crate) fn fetch(&mut self, fetch: FetchId) -> Option<&mut FetchPart> {
         match self.0.get_mut(PartId(fetch.0).slot())?.as_deref_mut()? {
             QueueMessage::Fetch(part) if part.id.0 == fetch.0 => Some(part),
             _ => None,

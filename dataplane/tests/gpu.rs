@@ -143,7 +143,11 @@ fn planes_reach_gpus_and_what_goes_wrong_there_stays_there() {
     let library = Library::new(Codec::Int4.into(), 3);
     let fake = Arc::new(FakeDriver::new(2, Pace::Random(7)));
     let driver: Arc<dyn Driver> = fake.clone();
-    let mut lab = Lab::start_with(GpuConfig { driver: Some(driver), sink: GpuSinkConfig::default() });
+    let mut lab = Lab::start_with(GpuConfig {
+        driver: Some(driver),
+        sink: GpuSinkConfig::default(),
+        ..GpuConfig::default()
+    });
     assert_eq!(fake.registered(), 1, "the slots are registered from the start");
     pages(&mut lab, &fake, &library);
     ring(&mut lab, &fake, &library);

@@ -17,6 +17,7 @@ const TYPES: &[&str] = &[
     "shim_.*",
     "rte_mbuf",
     "rte_mbuf_ext_shared_info",
+    "rte_pktmbuf_extmem",
     "rte_iova_mode",
     "rte_mempool",
     "rte_ring",

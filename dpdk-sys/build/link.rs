@@ -86,11 +86,16 @@ fn statically(dpdk: &Dpdk, out: &Path) {
     for library in LIBRARIES {
         dpdk_library(dpdk, library);
     }
-    memif(dpdk, out);
+    renamed(dpdk, out, "net_memif", MEMIF_CALLS);
     let mut needed = Vec::new();
     for (name, drivers, libraries) in WITH_LIBRARIES {
         if feature(name) {
-            drivers.iter().for_each(|driver| dpdk_library(dpdk, driver));
+            for driver in *drivers {
+                match *driver {
+                    "common_mlx5" => renamed(dpdk, out, driver, MLX5_CALLS),
+                    _ => dpdk_library(dpdk, driver),
+                }
+            }
             needed.extend_from_slice(libraries);
         }
     }
@@ -120,27 +125,34 @@ fn dpdk_library(dpdk: &Dpdk, name: &str) {
 /// have of its own, and for functions of elfutils that no package has as an archive.
 const INCOMPLETE: &[(&str, &str)] = &[("elf", "ZSTD_createCCtx")];
 
-/// Links the memif driver with some of the functions that it calls renamed to ours, which mend what it does; `shim/memif.c` tells.
-fn memif(dpdk: &Dpdk, out: &Path) {
-    const NAME: &str = "shim_net_memif";
-    let archive = dpdk.libdir.join("librte_net_memif.a");
+/// Calls of the memif driver that reach `shim/memif.c`, which mends what it does, instead.
+const MEMIF_CALLS: &[&str] = &[
+    "munmap=shim_memif_unmap",
+    "rte_intr_callback_register=shim_memif_register",
+    "rte_intr_instance_free=shim_memif_intr_free",
+];
+
+/// A call of the mlx5 drivers that reaches `shim/mlx5.c`, which registers GPU memory by its dma-buf, instead.
+const MLX5_CALLS: &[&str] = &["ibv_reg_mr_iova2=shim_ibv_reg_mr_iova2"];
+
+/// Links a driver with some of the functions that it calls renamed to ours.
+fn renamed(dpdk: &Dpdk, out: &Path, name: &str, calls: &[&str]) {
+    let archive = dpdk.libdir.join(format!("librte_{name}.a"));
     assert!(
         archive.exists(),
         "{} is missing: install libdpdk-dev, or build with the feature `shared`",
         archive.display()
     );
-    let renamed = out.join(format!("lib{NAME}.a"));
+    let renamed = out.join(format!("libshim_{name}.a"));
     let program = std::env::var("OBJCOPY").unwrap_or_else(|_| "objcopy".to_owned());
     let status = Command::new(&program)
-        .args(["--redefine-sym", "munmap=shim_memif_unmap"])
-        .args(["--redefine-sym", "rte_intr_callback_register=shim_memif_register"])
-        .args(["--redefine-sym", "rte_intr_instance_free=shim_memif_intr_free"])
+        .args(calls.iter().flat_map(|call| ["--redefine-sym", call]))
         .args([&archive, &renamed])
         .status()
         .unwrap_or_else(|error| panic!("cannot run {program} ({error}): apt-get install binutils"));
     assert!(status.success(), "{program} could not copy {}", archive.display());
     println!("cargo:rustc-link-search=native={}", out.display());
-    println!("cargo:rustc-link-lib=static:+whole-archive,-bundle={NAME}");
+    println!("cargo:rustc-link-lib=static:+whole-archive,-bundle=shim_{name}");
 }
 
 /// Links another project's library: statically where it is installed so and whole, dynamically otherwise.

@@ -71,6 +71,7 @@ fn compile_shim(dpdk: &Dpdk) {
         .opt_level(2)
         .file("shim/shim.c")
         .file("shim/compress.c")
+        .file("shim/dma_buf.c")
         .file("shim/memif.c");
     for flag in &dpdk.cflags {
         shim.flag(flag);

@@ -2,6 +2,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/in.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,6 +11,9 @@
 
 #include <rte_bus.h>
 #include <rte_devargs.h>
+#include <rte_flow.h>
+#include <rte_ip.h>
+#include <rte_udp.h>
 
 /* Sends standard output, where a wrong argument makes EAL print its usage, to /dev/null. Returns what restore_stdout needs. */
 static int silence_stdout(void)
@@ -111,6 +116,72 @@ struct rte_mbuf *shim_external_attach(struct rte_mempool *pool, void *start, rte
 	mbuf->data_len = length;
 	mbuf->pkt_len = length;
 	return mbuf;
+}
+
+int shim_splits_packets(const struct rte_eth_dev_info *info, uint16_t parts)
+{
+	return (info->rx_offload_capa | info->rx_queue_offload_capa) & RTE_ETH_RX_OFFLOAD_BUFFER_SPLIT &&
+	       info->rx_seg_capa.multi_pools && info->rx_seg_capa.max_nseg >= parts;
+}
+
+void shim_check_udp(struct rte_mbuf *mbuf)
+{
+	const struct rte_ether_hdr *ethernet = rte_pktmbuf_mtod(mbuf, const struct rte_ether_hdr *);
+	uint32_t offset = sizeof(*ethernet), bytes = mbuf->data_len;
+	if (mbuf->nb_segs != 1 || bytes < offset + sizeof(struct rte_vlan_hdr) + sizeof(struct rte_ipv4_hdr))
+		return;
+	rte_be16_t type = ethernet->ether_type;
+	if (type == rte_cpu_to_be_16(RTE_ETHER_TYPE_VLAN)) {
+		type = ((const struct rte_vlan_hdr *)(ethernet + 1))->eth_proto;
+		offset += sizeof(struct rte_vlan_hdr);
+	}
+	const void *ip = rte_pktmbuf_mtod_offset(mbuf, const void *, offset);
+	bool is_right;
+	if (type == rte_cpu_to_be_16(RTE_ETHER_TYPE_IPV4)) {
+		const struct rte_ipv4_hdr *header = ip;
+		const uint32_t begin = rte_ipv4_hdr_len(header), end = rte_be_to_cpu_16(header->total_length);
+		if (header->next_proto_id != IPPROTO_UDP || begin < sizeof(*header) || end > bytes - offset ||
+		    end < begin + sizeof(struct rte_udp_hdr))
+			return;
+		const struct rte_udp_hdr *udp = RTE_PTR_ADD(ip, begin);
+		if (udp->dgram_cksum == 0)
+			return;
+		is_right = rte_ipv4_udptcp_cksum_verify(header, udp) == 0;
+	} else if (type == rte_cpu_to_be_16(RTE_ETHER_TYPE_IPV6)) {
+		const struct rte_ipv6_hdr *header = ip;
+		if (bytes < offset + sizeof(*header) || header->proto != IPPROTO_UDP)
+			return;
+		const uint32_t payload = rte_be_to_cpu_16(header->payload_len);
+		if (payload < sizeof(struct rte_udp_hdr) || payload > bytes - offset - sizeof(*header))
+			return;
+		is_right = rte_ipv6_udptcp_cksum_verify(header, header + 1) == 0;
+	} else {
+		return;
+	}
+	mbuf->ol_flags |= is_right ? RTE_MBUF_F_RX_L4_CKSUM_GOOD : RTE_MBUF_F_RX_L4_CKSUM_BAD;
+}
+
+int shim_steer_udp(uint16_t port, int ipv6, uint16_t udp_port, uint16_t queue, char *why, size_t size)
+{
+	const struct rte_flow_attr attributes = {.ingress = 1};
+	const struct rte_flow_item_udp udp = {.hdr.dst_port = rte_cpu_to_be_16(udp_port)};
+	const struct rte_flow_item_udp mask = {.hdr.dst_port = 0xffff};
+	const struct rte_flow_item pattern[] = {
+		{.type = RTE_FLOW_ITEM_TYPE_ETH},
+		{.type = ipv6 ? RTE_FLOW_ITEM_TYPE_IPV6 : RTE_FLOW_ITEM_TYPE_IPV4},
+		{.type = RTE_FLOW_ITEM_TYPE_UDP, .spec = &udp, .mask = &mask},
+		{.type = RTE_FLOW_ITEM_TYPE_END},
+	};
+	const struct rte_flow_action_queue to = {.index = queue};
+	const struct rte_flow_action actions[] = {
+		{.type = RTE_FLOW_ACTION_TYPE_QUEUE, .conf = &to},
+		{.type = RTE_FLOW_ACTION_TYPE_END},
+	};
+	struct rte_flow_error error = {0};
+	if (rte_flow_create(port, &attributes, pattern, actions, &error) != NULL)
+		return 0;
+	snprintf(why, size, "%s", error.message != NULL ? error.message : rte_strerror(rte_errno));
+	return rte_errno != 0 ? -rte_errno : -1;
 }
 
 unsigned int shim_ring_enqueue_burst(struct rte_ring *ring, void *const *items, unsigned int n)

@@ -71,6 +71,20 @@ uint16_t shim_pool_data_room(struct rte_mempool *pool);
  * Adds 1 to `detached` when it is freed. NULL when the pool is empty. */
 struct rte_mbuf *shim_external_attach(struct rte_mempool *pool, void *start, rte_iova_t iova, uint16_t length, uint64_t *detached);
 
+/* Notes that memory is a dma-buf too, from its first byte on; -ENOSPC if too many are noted. The descriptor stays open until it is forgotten. */
+int shim_dma_buf_note(const void *start, size_t bytes, int fd);
+void shim_dma_buf_forget(const void *start);
+/* The dma-buf that all of a range lies in, and where in it; -1 if there is none. */
+int shim_dma_buf_of(const void *start, size_t bytes, uint64_t *offset);
+
+/* Whether a device puts the parts of a received packet into buffers of different pools, of `parts` parts, cut at any length. */
+int shim_splits_packets(const struct rte_eth_dev_info *info, uint16_t parts);
+/* Does what a NIC does with the UDP checksum of a received packet that lies in one buffer: notes whether it is right, if there is one. */
+void shim_check_udp(struct rte_mbuf *mbuf);
+/* Has the device bring UDP datagrams for `udp_port`, over IPv4 or IPv6, to one queue, whatever RSS would do. 0, or minus an errno; then `why`,
+ * of `size` bytes, says what the driver said. */
+int shim_steer_udp(uint16_t port, int ipv6, uint16_t udp_port, uint16_t queue, char *why, size_t size);
+
 unsigned int shim_ring_enqueue_burst(struct rte_ring *ring, void *const *items, unsigned int n);
 unsigned int shim_ring_dequeue_burst(struct rte_ring *ring, void **items, unsigned int n);
 unsigned int shim_ring_count(const struct rte_ring *ring);

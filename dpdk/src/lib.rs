@@ -1,5 +1,5 @@
 //! Safe wrappers over DPDK: the environment ([`Eal`]) and its lcores, packet buffers ([`Pool`], [`Mbuf`], [`Burst`]), ports
-//! ([`Port`], [`RxQueue`], [`TxQueue`], [`Rss`]), rings between lcores ([`Ring`]) and compression devices ([`CompressDev`], [`CompressQueue`],
+//! ([`Port`], [`RxQueue`], [`TxQueue`], [`Rss`]), packets in the memory of other devices ([`DeviceMemory`], [`SplitRxQueue`]), rings between lcores ([`Ring`]) and compression devices ([`CompressDev`], [`CompressQueue`],
 //! [`CompressOp`]).
 //!
 //! What a value owns, its drop returns: an [`Mbuf`] goes back to its pool, a [`Port`] stops its device, the last [`Ring`] handle drops
@@ -18,6 +18,7 @@ mod compress_error;
 mod compress_memory;
 mod compress_op;
 mod compress_queue;
+mod device_memory;
 mod drivers;
 mod eal;
 mod eal_args;
@@ -30,11 +31,13 @@ mod pool;
 mod port;
 mod port_config;
 mod port_error;
+mod port_probe;
 mod port_setup;
 mod queue;
 mod ring;
 mod ring_ports;
 mod rss;
+mod split;
 
 pub use burst::{BURST, Burst, Drain};
 pub use compress::{CompressConfig, CompressDev};
@@ -42,6 +45,7 @@ pub use compress_caps::{CompressAlgorithm, CompressCapabilities, CompressCapabil
 pub use compress_error::{CompressError, OpError, Unfit};
 pub use compress_op::{CompressOp, Rejected};
 pub use compress_queue::CompressQueue;
+pub use device_memory::{DEVICE_PAGE_BYTES, DeviceBuffer, DeviceMemory, DevicePool};
 pub use drivers::{drivers, isal_available, version};
 pub use eal::{AttachError, Eal};
 pub use eal_args::{EalConfig, EalError, LogLevel};
@@ -49,12 +53,14 @@ pub use external::{Attacher, ExternalError, ExternalMemory};
 pub use lcore::{LaunchError, WorkerPanicked};
 pub use mbuf::{Checksum, HEADROOM_BYTES, Mbuf, Segments};
 pub use pool::{Pool, PoolConfig, PoolError};
-pub use port::{Port, PortStats};
+pub use port::{OpenPort, Port, PortStats};
 pub use port_config::{Capabilities, PortConfig};
 pub use port_error::PortError;
+pub use port_probe::{PortProbe, SplitUnfit};
 pub use queue::{RxQueue, TxQueue};
 pub use ring::{Ring, RingError, RingItem, RingMode, RingReceiver, RingSender};
 pub use rss::Rss;
+pub use split::{SplitPacket, SplitPools, SplitRxQueue};
 
 /// DPDK's message for a negative return value or an errno.
 pub(crate) fn error_text(code: i32) -> String {

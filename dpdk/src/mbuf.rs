@@ -55,6 +55,8 @@ macro_rules! field {
     }};
 }
 
+pub(crate) use field;
+
 #[inline]
 fn bytes_of<'a>(raw: NonNull<rte_mbuf>) -> &'a [u8] {
     let start = field!(raw, SHIM_MBUF_BUF_ADDR as *const u8);

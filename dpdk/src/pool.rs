@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::burst::Burst;
+use crate::device_memory::DeviceMemory;
 use crate::eal::{Eal, EalInner};
 use crate::mbuf::Mbuf;
 
@@ -76,6 +77,8 @@ pub struct Pool {
 struct PoolInner {
     raw: NonNull<dpdk_sys::rte_mempool>,
     capacity: u32,
+    /// Where its buffers lie, if not in the environment's memory.
+    memory: ManuallyDrop<Option<DeviceMemory>>,
     eal: ManuallyDrop<Arc<EalInner>>,
 }
 
@@ -130,12 +133,23 @@ impl Pool {
                 node,
             )
         };
+        Self::adopt(eal, name, config, raw, None)
+    }
+
+    /// The pool that DPDK has just made, or why it has not.
+    pub(crate) fn adopt(
+        eal: &Eal,
+        name: &str,
+        config: PoolConfig,
+        raw: *mut dpdk_sys::rte_mempool,
+        memory: Option<DeviceMemory>,
+    ) -> Result<Self, PoolError> {
         let Some(raw) = NonNull::new(raw) else {
             // SAFETY: reads a thread-local variable.
             return Err(explain(name, &config, unsafe { dpdk_sys::shim_errno() }));
         };
-        let eal = ManuallyDrop::new(Arc::clone(eal.inner()));
-        Ok(Self { inner: Arc::new(PoolInner { raw, capacity: config.mbufs, eal }) })
+        let (memory, eal) = (ManuallyDrop::new(memory), ManuallyDrop::new(Arc::clone(eal.inner())));
+        Ok(Self { inner: Arc::new(PoolInner { raw, capacity: config.mbufs, memory, eal }) })
     }
 
     /// Takes an empty mbuf, or `None` when all are out.
@@ -212,12 +226,13 @@ impl Drop for PoolInner {
         // SAFETY: nothing of the pool is in use. The environment is released after it, once.
         unsafe {
             dpdk_sys::rte_mempool_free(self.raw.as_ptr());
+            ManuallyDrop::drop(&mut self.memory);
             ManuallyDrop::drop(&mut self.eal);
         }
     }
 }
 
-fn check(name: &str, config: &PoolConfig) -> Result<(), PoolError> {
+pub(crate) fn check(name: &str, config: &PoolConfig) -> Result<(), PoolError> {
     let bad = |what: String| Err(PoolError::BadConfig { name: name.to_owned(), what });
     // RTE_MEMPOOL_NAMESIZE less the prefix that the ring inside adds.
     if name.is_empty() || name.len() > 25 {

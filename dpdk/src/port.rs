@@ -12,10 +12,13 @@ use crate::memif;
 use crate::pool::Pool;
 use crate::port_config::{self, Capabilities, PortConfig};
 use crate::port_error::{PortError, check};
-use crate::port_setup::{configure, device_arguments, find, info, port_name, read_rss, set_up_queues};
+use crate::port_setup::{
+    configure, device_arguments, find, info, keep_away, port_name, read_rss, set_up_queues,
+};
 use crate::queue::{RxQueue, TxQueue};
 use crate::ring_ports::SharedRings;
 use crate::rss::Rss;
+use crate::split::{SplitPools, SplitRxQueue};
 
 /// A port's counters since it was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -44,6 +47,19 @@ pub struct Port {
     inner: Arc<PortInner>,
 }
 
+/// A port that was just opened, and its queues.
+#[derive(Debug)]
+pub struct OpenPort {
+    /// The port.
+    pub port: Port,
+    /// Receive queues as ever.
+    pub rx: Vec<RxQueue>,
+    /// Receive queues whose packets are cut in two.
+    pub split_rx: Vec<SplitRxQueue>,
+    /// Transmit queues.
+    pub tx: Vec<TxQueue>,
+}
+
 /// What the port and its queues hold on to.
 pub(crate) struct PortInner {
     id: u16,
@@ -57,6 +73,7 @@ pub(crate) struct PortInner {
     /// The device's configuration points to it.
     rss_key: Option<Vec<u8>>,
     started: bool,
+    split_refused: Option<PortError>,
     /// Packets that are left in them go back to their pools.
     _rings: Option<Arc<SharedRings>>,
     /// Where received packets go. They are dropped after the device, whose queues hold mbufs of theirs, and after the rings.
@@ -86,6 +103,24 @@ impl Port {
         config: &PortConfig,
         pools: &[Pool],
     ) -> Result<(Port, Vec<RxQueue>, Vec<TxQueue>), PortError> {
+        let OpenPort { port, rx, tx, .. } = Self::open_split(eal, name, config, pools, &[])?;
+        Ok((port, rx, tx))
+    }
+
+    /// The same with further receive queues behind those of `config`, one for each of `split`, whose packets are cut in two. Nothing reaches
+    /// them but what [`Port::steer`] brings there; what a virtual device receives, its other side brings.
+    ///
+    /// The port's driver can do it ([`crate::PortProbe::can_split`]), or the CPU does it, if it can write to the memory. The memory was mapped for the port.
+    ///
+    /// # Errors
+    /// See [`PortError`].
+    pub fn open_split(
+        eal: &Eal,
+        name: &str,
+        config: &PortConfig,
+        pools: &[Pool],
+        split: &[SplitPools],
+    ) -> Result<OpenPort, PortError> {
         if pools.len() != usize::from(config.rx_queues) {
             return Err(PortError::WrongPools {
                 port: name.to_owned(),
@@ -93,6 +128,14 @@ impl Port {
                 pools: pools.len(),
             });
         }
+        let plain_queues = config.rx_queues;
+        let config = &PortConfig {
+            rx_queues: plain_queues.saturating_add(u16::try_from(split.len()).unwrap_or(u16::MAX)),
+            ..*config
+        };
+        let by_cpu = split.iter().all(|pools| pools.tail.is_cpu_memory());
+        let first = |pools: &SplitPools| pools.head.as_ref().unwrap_or(pools.tail.pool()).clone();
+        let pools: Vec<Pool> = pools.iter().cloned().chain(split.iter().map(first)).collect();
         let id = find(eal, name)?;
         let claim = Claim::new(eal.inner(), id, name)?;
         let info = info(id, name)?;
@@ -114,18 +157,57 @@ impl Port {
             rss: None,
             rss_key: key,
             started: false,
+            split_refused: None,
             _rings: rings,
-            _pools: pools.to_vec(),
+            _pools: pools.iter().chain(split.iter().map(|pools| pools.tail.pool())).cloned().collect(),
             eal: Arc::clone(eal.inner()),
         };
         claim.keep();
-        set_up_queues(id, name, config, &info, &plan, pools)?;
+        let is_whole = split.iter().any(|pools| pools.head.is_none());
+        let by_device = if by_cpu || is_whole { &[] } else { split };
+        inner.split_refused = set_up_queues(id, name, config, &info, &plan, (&pools, by_device))?;
+        if !split.is_empty() && plan.capabilities.rss {
+            keep_away(id, name, &info, plain_queues)?;
+        }
         inner.start(config.promiscuous, &arguments)?;
         inner.rss = if plan.capabilities.rss { read_rss(id, &info, inner.rss_key.clone()) } else { None };
         let inner = Arc::new(inner);
-        let rx = (0..config.rx_queues).map(|queue| RxQueue::new(&inner, queue)).collect();
+        let rx = (0..plain_queues).map(|queue| RxQueue::new(&inner, queue)).collect();
+        let split_rx = (plain_queues..).zip(split).map(|(queue, pools)| {
+            let cut_at = (by_cpu && !is_whole).then_some(usize::from(pools.at_bytes));
+            SplitRxQueue::new(RxQueue::new(&inner, queue), pools.tail.clone(), cut_at)
+        });
+        let split_rx = split_rx.collect();
         let tx = (0..config.tx_queues).map(|queue| TxQueue::new(&inner, queue)).collect();
-        Ok((Port { inner }, rx, tx))
+        Ok(OpenPort { port: Port { inner }, rx, split_rx, tx })
+    }
+
+    /// Has the device bring UDP datagrams for `udp_port` to one receive queue, whatever RSS would do (`rte_flow`), until the port is closed.
+    ///
+    /// # Errors
+    /// When the driver cannot; the message is its own.
+    pub fn steer(&self, ipv6: bool, udp_port: u16, queue: u16) -> Result<(), PortError> {
+        let mut why = [0_u8; 128];
+        // SAFETY: the port is started; at most `why.len()` bytes are written, with a zero at their end.
+        let code = unsafe {
+            dpdk_sys::shim_steer_udp(
+                self.inner.id,
+                c_int::from(ipv6),
+                udp_port,
+                queue,
+                why.as_mut_ptr().cast(),
+                why.len(),
+            )
+        };
+        if code == 0 {
+            return Ok(());
+        }
+        let end = why.iter().position(|&byte| byte == 0).unwrap_or(why.len());
+        Err(PortError::Failed {
+            port: self.inner.name.clone(),
+            step: "steering a UDP port to its queue",
+            reason: String::from_utf8_lossy(&why[..end]).into_owned(),
+        })
     }
 
     /// Makes two ports joined back to back: what is sent on one is received on the other, with one queue each way. Returns the names to
@@ -224,6 +306,12 @@ impl Port {
             dpdk_sys::rte_eth_dev_set_mc_addr_list(self.inner.id, addresses.as_mut_ptr(), count) == 0
                 || dpdk_sys::rte_eth_allmulticast_enable(self.inner.id) == 0
         }
+    }
+
+    /// Why the driver refused to cut packets in two: the queues that were to do that receive whole packets into host memory then.
+    #[must_use]
+    pub fn split_refused(&self) -> Option<&PortError> {
+        self.inner.split_refused.as_ref()
     }
 
     /// What the device does for us.

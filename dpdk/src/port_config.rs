@@ -59,12 +59,13 @@ pub struct Capabilities {
 const ETHERNET_BYTES: u32 = 18;
 
 const RX_IP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_IPV4_CKSUM;
-const RX_UDP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_UDP_CKSUM;
-const RX_SCATTER: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_SCATTER;
+pub(crate) const RX_UDP: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_UDP_CKSUM;
+pub(crate) const RX_SCATTER: u64 = dpdk_sys::RTE_ETH_RX_OFFLOAD_SCATTER;
 const TX_IP: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_IPV4_CKSUM;
 const TX_UDP: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_UDP_CKSUM;
 const TX_MULTI: u64 = dpdk_sys::RTE_ETH_TX_OFFLOAD_MULTI_SEGS;
-const RSS_UDP: u64 = dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV4_UDP | dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV6_UDP;
+pub(crate) const RSS_UDP: u64 =
+    dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV4_UDP | dpdk_sys::RTE_ETH_RSS_NONFRAG_IPV6_UDP;
 
 /// The device's settings for a configuration, before its queues are set up.
 pub(crate) struct Plan {

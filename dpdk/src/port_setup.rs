@@ -7,9 +7,10 @@ use dpdk_sys::rte_eth_dev_info;
 
 use crate::eal::Eal;
 use crate::pool::Pool;
-use crate::port_config::{Plan, PortConfig};
+use crate::port_config::{Plan, PortConfig, RX_SCATTER};
 use crate::port_error::{PortError, check};
 use crate::rss::{MICROSOFT_KEY, Rss};
+use crate::split::SplitPools;
 
 pub(crate) fn find(eal: &Eal, name: &str) -> Result<u16, PortError> {
     let device = name.split(',').next().unwrap_or(name);
@@ -105,14 +106,15 @@ pub(crate) fn configure(
     Ok(None)
 }
 
+/// Sets up all queues. If the driver refuses to split packets, those queues are set up like the others, and the result is why.
 pub(crate) fn set_up_queues(
     id: u16,
     name: &str,
     config: &PortConfig,
     info: &rte_eth_dev_info,
     plan: &Plan,
-    pools: &[Pool],
-) -> Result<(), PortError> {
+    (pools, split): (&[Pool], &[SplitPools]),
+) -> Result<Option<PortError>, PortError> {
     let (mut rx_descriptors, mut tx_descriptors) = (config.rx_descriptors, config.tx_descriptors);
     // SAFETY: the port is configured; the numbers are brought into its limits.
     let code = unsafe {
@@ -123,7 +125,35 @@ pub(crate) fn set_up_queues(
     let node = unsafe { dpdk_sys::rte_eth_dev_socket_id(id) };
     #[expect(clippy::cast_sign_loss, reason = "C passes SOCKET_ID_ANY, which is -1, as unsigned")]
     let node = node as u32;
-    for (queue, pool) in (0..config.rx_queues).zip(pools) {
+    let mut refused = None;
+    for (queue, pools) in (0..config.rx_queues).skip(pools.len() - split.len()).zip(split) {
+        let mut parts = [
+            rx_part(pools.head.as_ref().unwrap_or(pools.tail.pool()), pools.at_bytes),
+            // As much as its buffers take.
+            rx_part(pools.tail.pool(), 0),
+        ];
+        let mut conf = info.default_rxconf;
+        conf.offloads = plan.conf.rxmode.offloads | RX_SCATTER | dpdk_sys::RTE_ETH_RX_OFFLOAD_BUFFER_SPLIT;
+        conf.rx_seg = parts.as_mut_ptr();
+        conf.rx_nseg = 2;
+        // SAFETY: the queue exists; the port holds the pools; the parts are read before the call returns.
+        let code = unsafe {
+            dpdk_sys::rte_eth_rx_queue_setup(
+                id,
+                queue,
+                rx_descriptors,
+                node,
+                &raw const conf,
+                ptr::null_mut(),
+            )
+        };
+        if let Err(error) = check(name, "setting up a receive queue that splits packets", code) {
+            refused = Some(error);
+            break;
+        }
+    }
+    let plain = pools.len() - if refused.is_none() { split.len() } else { 0 };
+    for (queue, pool) in (0..config.rx_queues).zip(&pools[..plain]) {
         let mut conf = info.default_rxconf;
         conf.offloads = plan.conf.rxmode.offloads;
         // SAFETY: the queue exists; the port holds the pool.
@@ -140,7 +170,27 @@ pub(crate) fn set_up_queues(
             unsafe { dpdk_sys::rte_eth_tx_queue_setup(id, queue, tx_descriptors, node, &raw const conf) };
         check(name, "setting up a transmit queue", code)?;
     }
-    Ok(())
+    Ok(refused)
+}
+
+fn rx_part(pool: &Pool, length: u16) -> dpdk_sys::rte_eth_rxseg {
+    let split = dpdk_sys::rte_eth_rxseg_split { mp: pool.raw(), length, offset: 0, proto_hdr: 0 };
+    dpdk_sys::rte_eth_rxseg { split }
+}
+
+/// Leaves the queues from `queues` on out of the table by which the device spreads packets.
+pub(crate) fn keep_away(id: u16, name: &str, info: &rte_eth_dev_info, queues: u16) -> Result<(), PortError> {
+    let group = usize::try_from(dpdk_sys::RTE_ETH_RETA_GROUP_SIZE).unwrap_or(64);
+    let mut groups =
+        vec![dpdk_sys::rte_eth_rss_reta_entry64::default(); usize::from(info.reta_size).div_ceil(group)];
+    let entries = groups.iter_mut().flat_map(|entries| {
+        entries.mask = u64::MAX;
+        &mut entries.reta
+    });
+    entries.zip((0..queues).cycle()).for_each(|(entry, queue)| *entry = queue);
+    // SAFETY: the port is configured; there are as many groups as `reta_size` entries need.
+    let code = unsafe { dpdk_sys::rte_eth_dev_rss_reta_update(id, groups.as_mut_ptr(), info.reta_size) };
+    check(name, "keeping other packets away from the queues that split packets", code)
 }
 
 /// Reads back key and indirection table. A device that does not tell its key has the one that it was given.

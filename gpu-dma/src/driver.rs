@@ -2,6 +2,7 @@
 //! machines without a GPU ([`crate::testing::FakeDriver`]).
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 
 use crate::copies::{CopyList, Run};
 
@@ -51,6 +52,36 @@ pub struct DriverError {
     pub name: &'static str,
     /// Whether every later call on this device will fail too: nothing but a new process helps.
     pub sticky: bool,
+}
+
+/// GPU memory of this process that a NIC may be let write to.
+#[derive(Debug)]
+pub struct ForNic {
+    /// Its address: a multiple of 64 KiB.
+    pub address: u64,
+    /// The same as a dma-buf, where the driver exports it.
+    pub dma_buf: Option<OwnedFd>,
+    /// Whether the CPU can read and write it too: a stand-in.
+    pub is_cpu_memory: bool,
+}
+
+/// Why no NIC can be let write to a GPU's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NicUnfit {
+    /// The GPU has no such thing.
+    #[error("the GPU or its driver has no GPUDirect RDMA")]
+    NoRdma,
+    /// A copy that is started when a packet has arrived could read what was there before it.
+    #[error(
+        "the GPU does not order a NIC's writes before later copies (GPU_DIRECT_RDMA_WRITES_ORDERING is {0}, 100 is needed)"
+    )]
+    Unordered(i32),
+    /// Without them one packet's piece is one call.
+    #[error("the driver has no batched copies: it must be of CUDA 12.8 or later")]
+    NoBatches,
+    /// The driver refused a call.
+    #[error(transparent)]
+    Refused(#[from] DriverError),
 }
 
 /// A GPU's driver. Calls are made from any thread.
@@ -158,6 +189,30 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// # Errors
     /// When the driver refuses.
     unsafe fn read_rows(&self, device: DeviceIndex, stream: StreamId, run: &Run) -> Result<(), DriverError>;
+
+    /// Starts copies from one place in a GPU's memory to another, as [`copy_pieces`](Driver::copy_pieces) does from host memory.
+    ///
+    /// # Safety
+    /// Both places are mapped until the copies have ended, and the source is not written until then.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    unsafe fn copy_within(
+        &self,
+        device: DeviceIndex,
+        stream: StreamId,
+        list: &CopyList,
+        pieces: std::ops::Range<usize>,
+    ) -> Result<(), DriverError>;
+
+    /// Allocates GPU memory that a NIC is to write to.
+    ///
+    /// # Errors
+    /// Why that cannot be: what the GPU, the driver or this machine lacks.
+    fn allocate_for_nic(&self, device: DeviceIndex, bytes: usize) -> Result<ForNic, NicUnfit>;
+
+    /// Frees such memory. Copies from it have ended, and no NIC knows it any more.
+    fn free_for_nic(&self, device: DeviceIndex, memory: &ForNic);
 
     /// How pieces are copied, for the log: `batched`, `strided or single`.
     fn method(&self) -> &'static str;

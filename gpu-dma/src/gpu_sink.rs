@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use crate::copies::{CopyList, Run};
 use crate::driver::{DeviceIndex, Driver, DriverError, EventId, StreamId};
 use crate::memory::RingMemory;
-use crate::paged;
-use crate::sink::{BATCH, Batch, Destination, Finished, FinishedBatch, Sink, SinkFault, Transfer};
+use crate::paged::{self, SlotOrder};
+use crate::sink::{BATCH, Batch, Decoded, Destination, Finished, FinishedBatch, Sink, SinkFault, Transfer};
 
 /// How copies are gathered and started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,13 +102,17 @@ struct Entry<T> {
     sequence: Option<u64>,
     pieces: Range<usize>,
     strided: Range<usize>,
+    within: Range<usize>,
     result: Result<(), SinkFault>,
 }
 
 /// Copies that are, or will be, started together.
 #[derive(Debug)]
 struct CopyBatch<T> {
+    /// From host memory.
     list: CopyList,
+    /// From the GPU's own.
+    within: CopyList,
     entries: VecDeque<Entry<T>>,
     event: EventId,
     bytes: u64,
@@ -180,7 +184,8 @@ impl<T> GpuSink<T> {
         let batch = || {
             let event = self.driver.create_event(index)?;
             let list = CopyList::with_capacity(2 * batch_pieces.max(1));
-            Ok(CopyBatch { list, entries: VecDeque::with_capacity(4 * BATCH), event, bytes: 0, opened: None })
+            let (within, entries) = (CopyList::default(), VecDeque::with_capacity(4 * BATCH));
+            Ok(CopyBatch { list, within, entries, event, bytes: 0, opened: None })
         };
         let flying = streams.max(1) * batches_per_stream.max(1);
         let open = batch()?;
@@ -194,9 +199,9 @@ impl<T> GpuSink<T> {
     }
 
     /// Ends a transfer without a copy.
-    fn end(&mut self, Transfer { context, slot, .. }: Transfer<T>, fault: SinkFault) {
+    fn end(&mut self, Transfer { context, from, .. }: Transfer<T>, fault: SinkFault) {
         self.health.faults.fetch_add(1, Relaxed);
-        self.ended.push_back(Finished { context, slot, result: Err(fault) });
+        self.ended.push_back(Finished { context, from, result: Err(fault) });
     }
 
     /// Takes a transfer; gives it back if its ring is full.
@@ -207,9 +212,16 @@ impl<T> GpuSink<T> {
             self.end(transfer, fault);
             return None;
         }
-        let slot_bytes = transfer.slot.bytes();
-        if plane_bytes > slot_bytes as u64 {
+        let slot_bytes = transfer.from.bytes();
+        if plane_bytes > slot_bytes {
+            let slot_bytes = usize::try_from(slot_bytes).unwrap_or(usize::MAX);
             self.end(transfer, SinkFault::SlotTooSmall { slot_bytes, plane_bytes });
+            return None;
+        }
+        if let Decoded::Received(plane) = &transfer.from
+            && transfer.to.device() != Some(plane.device())
+        {
+            self.end(transfer, SinkFault::OtherSink);
             return None;
         }
         let (device, sequence) = match &transfer.to {
@@ -229,7 +241,7 @@ impl<T> GpuSink<T> {
         };
         let gpu = &mut self.gpus[device.0];
         gpu.open.add(transfer, sequence, plane_bytes);
-        if gpu.open.list.len() >= self.config.batch_pieces || gpu.open.bytes >= self.config.batch_bytes {
+        if gpu.open.copies() >= self.config.batch_pieces || gpu.open.bytes >= self.config.batch_bytes {
             gpu.start(&*self.driver, &self.health);
         }
         None
@@ -253,39 +265,48 @@ impl<T> GpuSink<T> {
 
     /// Whether a batch can take it.
     fn has_room(&self, transfer: &Transfer<T>) -> bool {
-        let device = match &transfer.to {
-            Destination::Pages { memory, .. } => memory.device(),
-            Destination::Ring { memory, .. } => memory.device(),
-            Destination::Host { .. } => return true,
-        };
+        let Some(device) = transfer.to.device() else { return true };
         let gpu = &self.gpus[device.0];
         let open = &gpu.open;
-        open.list.len() < self.config.batch_pieces && open.bytes < self.config.batch_bytes
+        open.copies() < self.config.batch_pieces && open.bytes < self.config.batch_bytes
     }
 }
 
 impl<T> CopyBatch<T> {
+    /// Copies in it.
+    fn copies(&self) -> usize {
+        self.list.len() + self.within.len()
+    }
+
     /// Adds the copies of a transfer.
     fn add(&mut self, transfer: Transfer<T>, sequence: Option<u64>, plane_bytes: u64) {
         let (first_piece, first_strided) = self.list.close();
-        let from = transfer.slot.addr() as u64;
+        let (first_within, _) = self.within.close();
+        let (list, within) = (&mut self.list, &mut self.within);
+        let mut push = |run: Run| match &transfer.from {
+            Decoded::Slot(slot) => list.push(Run { from: slot.addr() as u64 + run.from, ..run }),
+            Decoded::Received(plane) => plane.parts(run, |part| within.push(part)),
+        };
         let plane = transfer.plane;
         match &transfer.to {
             Destination::Pages { memory, table, first_token, tokens } => {
                 let base = memory.base(plane).unwrap_or(0);
-                let list = &mut self.list;
-                paged::runs(memory.kv(), plane, table, *first_token, *tokens, memory.order(), |run| {
-                    list.push(Run { to: base + run.to, from: from + run.from, ..run });
+                let order = match &transfer.from {
+                    Decoded::Slot(_) => memory.order(),
+                    Decoded::Received(_) => SlotOrder::Tokens,
+                };
+                paged::runs(memory.kv(), plane, table, *first_token, *tokens, order, |run| {
+                    push(Run { to: base + run.to, ..run });
                 });
             }
             Destination::Ring { memory, .. } => {
-                let to = memory.entry_address(sequence.unwrap_or(0));
-                self.list.push(Run::row(to, from, plane_bytes));
+                push(Run::row(memory.entry_address(sequence.unwrap_or(0)), 0, plane_bytes));
             }
             Destination::Host { .. } => {}
         }
         self.list.group();
         let (pieces, strided) = self.list.close();
+        let (end_within, _) = self.within.close();
         self.bytes += plane_bytes;
         self.opened.get_or_insert_with(Instant::now);
         self.entries.push_back(Entry {
@@ -293,17 +314,17 @@ impl<T> CopyBatch<T> {
             sequence,
             pieces: first_piece..pieces,
             strided: first_strided..strided,
+            within: first_within..end_within,
             result: Ok(()),
         });
     }
 
-    /// Starts the copies of `pieces` and `strided`.
+    /// Starts the copies of `pieces`, `strided` and `within`.
     fn copy(
         &self,
         driver: &dyn Driver,
         (device, stream): (DeviceIndex, StreamId),
-        pieces: Range<usize>,
-        strided: Range<usize>,
+        (pieces, strided, within): (Range<usize>, Range<usize>, Range<usize>),
     ) -> Result<(), DriverError> {
         if !pieces.is_empty() {
             // SAFETY: every source lies in the slot of an entry, which stays in this batch, and every destination in
@@ -315,20 +336,26 @@ impl<T> CopyBatch<T> {
             // SAFETY: as above.
             unsafe { driver.copy_rows(device, stream, run)? };
         }
+        if !within.is_empty() {
+            // SAFETY: every source lies in the memory of a `Received`, which the entry keeps; the destinations as above.
+            unsafe { driver.copy_within(device, stream, &self.within, within)? };
+        }
         Ok(())
     }
 
     /// Starts all copies; those of each transfer alone if the driver does not take them together, so that one client's
     /// bad memory fails nobody else's planes. The error is that of a lost GPU.
     fn start(&mut self, driver: &dyn Driver, at: (DeviceIndex, StreamId)) -> Result<(), DriverError> {
-        let all = self.copy(driver, at, 0..self.list.to.len(), 0..self.list.strided.len());
+        let all = (0..self.list.to.len(), 0..self.list.strided.len(), 0..self.within.to.len());
+        let all = self.copy(driver, at, all);
         if let Err(error) = all {
             if error.sticky {
                 return Err(error);
             }
             let mut entries = std::mem::take(&mut self.entries);
             let each = entries.iter_mut().try_for_each(|entry| {
-                match self.copy(driver, at, entry.pieces.clone(), entry.strided.clone()) {
+                let own = (entry.pieces.clone(), entry.strided.clone(), entry.within.clone());
+                match self.copy(driver, at, own) {
                     Err(error) if error.sticky => Err(error),
                     result => {
                         entry.result = result.map_err(SinkFault::from);
@@ -346,18 +373,19 @@ impl<T> CopyBatch<T> {
     fn give_back(&mut self, finished: &mut FinishedBatch<T>, lost: Option<DriverError>) -> bool {
         while !finished.is_full() {
             let Some(entry) = self.entries.pop_front() else { break };
-            let Entry { transfer: Transfer { context, slot, to, plane }, sequence, result, .. } = entry;
+            let Entry { transfer: Transfer { context, from, to, plane }, sequence, result, .. } = entry;
             let result = lost.map_or(result, |error| Err(error.into()));
             if let (Destination::Ring { memory, fetch, chunk, .. }, Some(sequence)) = (&to, sequence) {
                 publish(memory, sequence, *fetch, *chunk, plane, to.plane_bytes(), result.is_ok());
             }
-            finished.push(Finished { context, slot, result });
+            finished.push(Finished { context, from, result });
         }
         self.entries.is_empty()
     }
 
     fn clear(&mut self) {
         self.list.clear();
+        self.within.clear();
         (self.bytes, self.opened) = (0, None);
     }
 }
@@ -387,7 +415,7 @@ impl<T> Gpu<T> {
         self.turn = (self.turn + 1) % self.streams.len();
         let stream = &mut self.streams[self.turn];
         health.batches.fetch_add(1, Relaxed);
-        health.copies.fetch_add(batch.list.len() as u64, Relaxed);
+        health.copies.fetch_add(batch.copies() as u64, Relaxed);
         health.bytes.fetch_add(batch.bytes, Relaxed);
         if self.lost.is_none()
             && let Err(error) = batch.start(driver, (self.index, stream.id))

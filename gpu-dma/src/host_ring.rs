@@ -3,7 +3,7 @@
 use hugepages::Arena;
 
 use crate::placement::Placement;
-use crate::sink::{BATCH, Batch, Destination, Finished, FinishedBatch, Sink, SinkFault, Transfer};
+use crate::sink::{BATCH, Batch, Decoded, Destination, Finished, FinishedBatch, Sink, SinkFault, Transfer};
 
 /// A call of `submit` stops accepting planes after copying so many bytes (but copies one in any case), so that a lcore
 /// that also receives is back at its queue within about 100 us.
@@ -56,12 +56,14 @@ impl<T: Send> Sink<T> for HostRing<T> {
             copied_bytes += transfer.to.plane_bytes();
             accepted += 1;
         }
-        for Transfer { context, slot, to, plane } in offered.drain(..accepted) {
-            let result = match &to {
-                Destination::Host { region, placement } => deliver(region, placement, plane, slot.as_slice()),
-                Destination::Pages { .. } | Destination::Ring { .. } => Err(SinkFault::OtherSink),
+        for Transfer { context, from, to, plane } in offered.drain(..accepted) {
+            let result = match (&to, &from) {
+                (Destination::Host { region, placement }, Decoded::Slot(slot)) => {
+                    deliver(region, placement, plane, slot.as_slice())
+                }
+                _ => Err(SinkFault::OtherSink),
             };
-            self.finished.push(Finished { context, slot, result });
+            self.finished.push(Finished { context, from, result });
         }
         accepted
     }

@@ -9,6 +9,7 @@
 //!   serving engine's KV cache ([`PagedMemory`], placed by [`paged`]) and rings ([`RingMemory`]). [`Sinks`] is both.
 //! - [`Source`] is the other direction: where planes come from when they are saved. [`HostSource`] reads memory shared with the
 //!   serving process, [`GpuSource`] pages of its KV cache; [`Sources`] is both.
+//! - [`ReceiveMemory`] is GPU memory that a NIC receives into, [`Received`] a plane that lies there.
 //! - [`Driver`] is what they need of a GPU: [`cuda::Cuda`], or a fake ([`testing`]). [`pin`] makes slots known to it.
 
 mod copies;
@@ -22,6 +23,7 @@ mod memory;
 pub mod paged;
 mod pinned;
 mod placement;
+mod received;
 mod shape;
 mod sink;
 mod sinks;
@@ -30,7 +32,7 @@ pub mod testing;
 pub mod yardstick;
 
 pub use copies::{CopyList, MAX_PITCH_BYTES, Run, STRIDED_BELOW_BYTES};
-pub use driver::{Device, DeviceIndex, Driver, DriverError, EventId, Mapping, StreamId};
+pub use driver::{Device, DeviceIndex, Driver, DriverError, EventId, ForNic, Mapping, NicUnfit, StreamId};
 pub use gpu_sink::{GpuHealth, GpuSink, GpuSinkConfig};
 pub use gpu_source::{GpuSource, Sources};
 pub use host_ring::{HostRing, SUBMIT_BYTES, deliver};
@@ -39,7 +41,8 @@ pub use memory::{OpenError, PagedMemory, RingMemory, find_device};
 pub use paged::SlotOrder;
 pub use pinned::pin;
 pub use placement::{Piece, Pieces, Placement};
+pub use received::{ReceiveMemory, Received};
 pub use shape::{ChunkShape, ELEMENT_BYTES};
-pub use sink::{BATCH, Batch, Destination, Finished, FinishedBatch, Sink, SinkFault, Transfer};
+pub use sink::{BATCH, Batch, Decoded, Destination, Finished, FinishedBatch, Sink, SinkFault, Transfer};
 pub use sinks::Sinks;
 pub use source::{HostSource, Origin, READS, Read, ReadBatch, ReadDone, Source, SourceFault, gather};

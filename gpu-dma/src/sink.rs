@@ -6,10 +6,11 @@ use arrayvec::ArrayVec;
 use control::GpuRingError;
 use hugepages::{Arena, Slot};
 
-use crate::driver::DriverError;
+use crate::driver::{DeviceIndex, DriverError};
 use crate::memory::{PagedMemory, RingMemory};
 use crate::paged;
 use crate::placement::Placement;
+use crate::received::Received;
 use crate::shape::ChunkShape;
 
 /// Transfers in a batch, at most.
@@ -24,17 +25,52 @@ pub type FinishedBatch<T> = ArrayVec<Finished<T>, BATCH>;
 /// A decoded plane on its way from a slot to its place.
 ///
 /// The sink owns the slot until the copy is done, so nobody can write to it, or use it for the next plane, while a device
-/// still reads it.
+/// still reads it. Of a plane in GPU memory the caller keeps the buffers until then.
 #[derive(Debug)]
 pub struct Transfer<T> {
     /// Whatever the caller wants back with the completion.
     pub context: T,
-    /// Holds the decoded plane in its first bytes.
-    pub slot: Box<Slot>,
+    /// Where it lies now.
+    pub from: Decoded,
     /// The memory that it goes to, and where the chunk lies there.
     pub to: Destination,
     /// Which plane of the chunk this is: `layer * 2`, plus 1 for V.
     pub plane: u32,
+}
+
+/// Where a plane lies that is to be copied.
+#[derive(Debug)]
+pub enum Decoded {
+    /// In the first bytes of a slot.
+    Slot(Box<Slot>),
+    /// In GPU memory, as a NIC has put it there; boxed, because a box goes round.
+    Received(Box<Received>),
+}
+
+impl Decoded {
+    /// The slot, if it is one.
+    #[must_use]
+    pub fn into_slot(self) -> Option<Box<Slot>> {
+        match self {
+            Self::Slot(slot) => Some(slot),
+            Self::Received(_) => None,
+        }
+    }
+
+    /// Bytes that it has or has room for.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Slot(slot) => slot.bytes() as u64,
+            Self::Received(plane) => plane.bytes(),
+        }
+    }
+}
+
+impl From<Box<Slot>> for Decoded {
+    fn from(slot: Box<Slot>) -> Self {
+        Self::Slot(slot)
+    }
 }
 
 /// Where a chunk's planes go. Checked against the memory that it names, so that no copy can reach beyond it.
@@ -84,6 +120,16 @@ impl Destination {
         }
     }
 
+    /// The GPU, if it is in a GPU's memory.
+    #[must_use]
+    pub fn device(&self) -> Option<DeviceIndex> {
+        match self {
+            Self::Host { .. } => None,
+            Self::Pages { memory, .. } => Some(memory.device()),
+            Self::Ring { memory, .. } => Some(memory.device()),
+        }
+    }
+
     /// Planes of the chunk.
     #[must_use]
     pub fn planes(&self) -> u32 {
@@ -101,7 +147,7 @@ pub struct Finished<T> {
     /// From the transfer.
     pub context: T,
     /// From the transfer: free to be used again.
-    pub slot: Box<Slot>,
+    pub from: Decoded,
     /// Whether the plane is where it should be, for every reader that learns of it through an acquire operation.
     pub result: Result<(), SinkFault>,
 }

@@ -60,8 +60,8 @@ impl<T: Send> Sink<T> for Sinks<T> {
             while !finished.is_full()
                 && let Some(transfer) = self.for_gpu.pop()
             {
-                let (context, slot) = (transfer.context, transfer.slot);
-                finished.push(Finished { context, slot, result: Err(SinkFault::OtherSink) });
+                let (context, from) = (transfer.context, transfer.from);
+                finished.push(Finished { context, from, result: Err(SinkFault::OtherSink) });
             }
         }
         self.pass_on();

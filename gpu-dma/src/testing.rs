@@ -3,12 +3,13 @@
 //! Used by the tests of this crate and of the data plane. It checks what a real driver leaves to its user: that copies
 //! read registered memory, write mapped memory, and have ended before either is taken away.
 
+use std::alloc::Layout;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::copies::{CopyList, Run};
-use crate::driver::{Device, DeviceIndex, Driver, DriverError, EventId, Mapping, StreamId};
+use crate::driver::{Device, DeviceIndex, Driver, DriverError, EventId, ForNic, Mapping, NicUnfit, StreamId};
 
 /// When copies end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +35,10 @@ pub enum Call {
     CopyRows,
     /// [`Driver::read_rows`]
     ReadRows,
+    /// [`Driver::copy_within`]
+    CopyWithin,
+    /// [`Driver::allocate_for_nic`]
+    AllocateForNic,
     /// [`Driver::record`]
     Record,
     /// [`Driver::query`]
@@ -57,6 +62,8 @@ enum Step {
     Copy(Run),
     /// From the GPU to host memory.
     Read(Run),
+    /// From one place in the GPU's memory to another.
+    Within(Run),
     Mark(EventId),
 }
 
@@ -75,6 +82,8 @@ struct State {
     pace: Option<Pace>,
     next: u64,
     host: BTreeMap<usize, usize>,
+    /// Memory that a NIC may write to, by its address: the GPU and the allocation.
+    for_nic: BTreeMap<u64, (usize, Layout)>,
     allocations: HashMap<[u8; 64], Allocation>,
     streams: BTreeMap<(usize, u64), VecDeque<Step>>,
     events: HashMap<u64, bool>,
@@ -152,6 +161,12 @@ impl FakeDriver {
         self.state().host.len()
     }
 
+    /// Allocations that NICs may write to.
+    #[must_use]
+    pub fn for_nic(&self) -> usize {
+        self.state().for_nic.len()
+    }
+
     /// Lets the next `count` calls of a kind fail.
     pub fn fail(&self, call: Call, count: usize) {
         self.state().failing.insert(call, count);
@@ -216,37 +231,71 @@ impl State {
         }
         let at = busy[pick % busy.len()];
         match self.streams.get_mut(&at).and_then(VecDeque::pop_front) {
-            Some(Step::Copy(run)) => self.copy(at.0, &run, false),
-            Some(Step::Read(run)) => self.copy(at.0, &run, true),
             Some(Step::Mark(event)) => drop(self.events.insert(event.0, true)),
+            Some(step) => self.carry_out(at.0, &step),
             None => {}
         }
         true
     }
 
-    fn copy(&mut self, device: usize, run: &Run, is_read: bool) {
+    fn carry_out(&mut self, device: usize, step: &Step) {
+        match step {
+            Step::Copy(run) => self.copy(device, run, false, |state, first, end| {
+                state
+                    .host
+                    .iter()
+                    .any(|(&start, &bytes)| start as u64 <= first && end <= (start + bytes) as u64)
+            }),
+            Step::Read(run) => self.copy(device, run, true, |state, first, end| {
+                state
+                    .host
+                    .iter()
+                    .any(|(&start, &bytes)| start as u64 <= first && end <= (start + bytes) as u64)
+            }),
+            Step::Within(run) => {
+                self.copy(device, run, false, |state, first, end| state.is_for_nic(device, first, end));
+            }
+            Step::Mark(_) => {}
+        }
+    }
+
+    /// Whether all of a range is memory of a GPU that NICs may write to.
+    fn is_for_nic(&self, device: usize, first: u64, end: u64) -> bool {
+        self.for_nic.iter().any(|(&start, (owner, layout))| {
+            *owner == device && start <= first && end <= start + layout.size() as u64
+        })
+    }
+
+    /// `known` says whether the other end, which is not in an allocation, may be used.
+    fn copy(&mut self, device: usize, run: &Run, is_read: bool, known: impl Fn(&Self, u64, u64) -> bool) {
         for row in 0..run.rows {
             let (to, from) = (run.to + row * run.to_pitch, run.from + row * run.from_pitch);
             let (of_gpu, of_host) = if is_read { (from, to) } else { (to, from) };
             let lent = self.allocations.values().find(|allocation| {
                 allocation.address <= of_gpu && of_gpu + run.bytes <= allocation.address + allocation.bytes
             });
-            let target = lent.expect("a copy reaches beyond every allocation");
-            assert!(
-                target.device == device && target.mapped > 0,
-                "a copy to or from memory that is not mapped"
-            );
-            if !target.alive {
-                self.broken.insert(device, lost("cuEventQuery"));
-                return;
+            if let Some(target) = lent {
+                assert!(
+                    target.device == device && target.mapped > 0,
+                    "a copy to or from memory that is not mapped"
+                );
+                if !target.alive {
+                    self.broken.insert(device, lost("cuEventQuery"));
+                    return;
+                }
+            } else {
+                assert!(
+                    self.is_for_nic(device, of_gpu, of_gpu + run.bytes),
+                    "a copy reaches beyond every allocation"
+                );
             }
-            let registered = self.host.iter().any(|(&start, &bytes)| {
-                (start as u64) <= of_host && of_host + run.bytes <= (start + bytes) as u64
-            });
-            assert!(registered, "a copy from or to host memory that is not registered");
+            assert!(
+                known(self, of_host, of_host + run.bytes),
+                "a copy from or to memory that is not registered, or no NIC's"
+            );
             let bytes = usize::try_from(run.bytes).expect("a test's size");
             let (to, from) = (usize::try_from(to).expect("an address"), usize::try_from(from).expect("one"));
-            // SAFETY: one end lies in a registered range, which its owner keeps mapped and does not touch (of a copy to the
+            // SAFETY: one end lies in a registered range, or in one that NICs write to, which its owner keeps mapped and does not touch (of a copy to the
             // GPU: does not write to) before the copy has ended; the other lies in `memory` of an allocation, which lives
             // in this map and is only touched under the same lock.
             unsafe {
@@ -289,7 +338,7 @@ impl Driver for FakeDriver {
         let reads = live.flat_map(|(_, steps)| steps).any(|step| match step {
             Step::Copy(run) => range.contains(&run.from),
             Step::Read(run) => range.contains(&run.to),
-            Step::Mark(_) => false,
+            Step::Within(_) | Step::Mark(_) => false,
         });
         assert!(!reads, "memory is unregistered while copies from it are under way");
         Ok(())
@@ -316,7 +365,7 @@ impl Driver for FakeDriver {
         let range = address..address + allocation.bytes;
         let last = allocation.mapped == 0 && !broken;
         let writes = state.streams.values().flatten().any(|step| match step {
-            Step::Copy(run) => range.contains(&run.to),
+            Step::Copy(run) | Step::Within(run) => range.contains(&run.to),
             Step::Read(run) => range.contains(&run.from),
             Step::Mark(_) => false,
         });
@@ -373,9 +422,8 @@ impl Driver for FakeDriver {
                 return Err(error);
             }
             match state.streams.get_mut(&(device.0, stream.0)).and_then(VecDeque::pop_front) {
-                Some(Step::Copy(run)) => state.copy(device.0, &run, false),
-                Some(Step::Read(run)) => state.copy(device.0, &run, true),
                 Some(Step::Mark(event)) => drop(state.events.insert(event.0, true)),
+                Some(step) => state.carry_out(device.0, &step),
                 None => return Ok(()),
             }
         }
@@ -415,6 +463,54 @@ impl Driver for FakeDriver {
         state.check(device, Call::ReadRows, "cuMemcpy2DAsync")?;
         state.add(device, stream, [Step::Read(*run)]);
         Ok(())
+    }
+
+    unsafe fn copy_within(
+        &self,
+        device: DeviceIndex,
+        stream: StreamId,
+        list: &CopyList,
+        pieces: Range<usize>,
+    ) -> Result<(), DriverError> {
+        let mut state = self.state();
+        state.starts += 1;
+        let failed = state.check(device, Call::CopyWithin, "cuMemcpyBatchAsync");
+        let pieces = if failed.is_err() { pieces.start..pieces.start + pieces.len() / 2 } else { pieces };
+        let steps = pieces.map(|n| Step::Within(Run::row(list.to[n], list.from[n], list.bytes[n] as u64)));
+        let steps: Vec<Step> = steps.collect();
+        if !state.broken.contains_key(&device.0) {
+            state.add(device, stream, steps);
+        }
+        failed
+    }
+
+    fn allocate_for_nic(&self, device: DeviceIndex, bytes: usize) -> Result<ForNic, NicUnfit> {
+        let mut state = self.state();
+        state.check(device, Call::AllocateForNic, "cuMemAlloc")?;
+        let layout = Layout::from_size_align(bytes.max(1), 64 << 10).map_err(|_| refused("cuMemAlloc"))?;
+        // SAFETY: at least one byte.
+        let memory = unsafe { std::alloc::alloc_zeroed(layout) };
+        if memory.is_null() {
+            return Err(refused("cuMemAlloc").into());
+        }
+        let address = memory.expose_provenance() as u64;
+        state.for_nic.insert(address, (device.0, layout));
+        Ok(ForNic { address, dma_buf: None, is_cpu_memory: true })
+    }
+
+    fn free_for_nic(&self, device: DeviceIndex, memory: &ForNic) {
+        let mut state = self.state();
+        let (owner, layout) = state.for_nic.remove(&memory.address).expect("memory that was allocated");
+        assert_eq!(owner, device.0, "freed on the GPU that it was allocated on");
+        let range = memory.address..memory.address + layout.size() as u64;
+        let live = state.streams.iter().filter(|((device, _), _)| !state.broken.contains_key(device));
+        let reads = live.flat_map(|(_, steps)| steps);
+        let reads =
+            reads.filter(|step| matches!(step, Step::Within(run) if range.contains(&run.from))).count();
+        assert_eq!(reads, 0, "memory is freed while copies from it are under way");
+        let start = usize::try_from(memory.address).expect("an address");
+        // SAFETY: allocated with this layout, and freed once: it was in the list.
+        unsafe { std::alloc::dealloc(std::ptr::with_exposed_provenance_mut(start), layout) };
     }
 
     fn method(&self) -> &'static str {

@@ -11,6 +11,7 @@ use crate::copies::{CopyList, Run};
 use crate::driver::{DeviceIndex, Driver, DriverError};
 use crate::memory::{PagedMemory, RingMemory};
 use crate::paged;
+use crate::received::Received;
 
 /// How to measure.
 #[derive(Clone, Copy, Debug)]
@@ -69,6 +70,26 @@ pub fn pages(
         }
     }
     run(driver, memory.device(), &lists, measure)
+}
+
+/// Puts the first bytes of a slot, whose memory is registered, where a plane's pieces are, as a NIC would, and waits for it.
+///
+/// # Errors
+/// When the driver refuses.
+pub fn play_nic(driver: &dyn Driver, slot: &Slot, plane: &Received) -> Result<(), DriverError> {
+    let (bytes, device) = (plane.bytes().min(slot.bytes() as u64), plane.device());
+    let mut list = CopyList::default();
+    plane.parts(Run::row(0, 0, bytes), |part| {
+        list.push(Run::row(part.from, slot.addr() as u64 + part.to, part.bytes));
+        list.close();
+    });
+    let stream = driver.create_stream(device)?;
+    // SAFETY: the slot is borrowed until the copies have ended, which is waited for; its memory is registered, or the driver refuses it. The pieces lie in
+    // memory that the plane holds.
+    let done = unsafe { driver.copy_pieces(device, stream, &list, 0..list.to.len()) };
+    let done = done.and(driver.synchronize(device, stream));
+    driver.destroy_stream(device, stream);
+    done
 }
 
 /// All of `slots`, which lie one behind the other, as one copy to the start of a ring.

@@ -9,10 +9,11 @@ use control::{
 };
 use gpu_dma::testing::{Call, FakeDriver, Pace, lost, refused};
 use gpu_dma::{
-    Batch, ChunkShape, Destination, Driver, FinishedBatch, GpuHealth, GpuSink, GpuSinkConfig, OpenError,
-    PagedMemory, RingMemory, Sink, SinkFault, Sinks, Transfer, pin,
+    Batch, ChunkShape, Decoded, Destination, DeviceIndex, Driver, FinishedBatch, GpuHealth, GpuSink,
+    GpuSinkConfig, OpenError, PagedMemory, ReceiveMemory, Received, RingMemory, Sink, SinkFault, Sinks,
+    Transfer, pin, yardstick,
 };
-use hugepages::{Arena, ArenaConfig, PageChoice, Slot, Slots};
+use hugepages::{Arena, ArenaConfig, DeviceWritable, PageChoice, Slot, Slots};
 use proptest::prelude::*;
 
 const PAGE_TOKENS: u16 = 16;
@@ -122,14 +123,14 @@ impl Bench {
             first_token: 0,
             tokens: 32,
         };
-        Transfer { context: number, slot, to, plane }
+        Transfer { context: number, from: slot.into(), to, plane }
     }
 
     fn ring_transfer(&mut self, number: u32, memory: &Arc<RingMemory>) -> Transfer<u32> {
         let mut slot = self.slots.pop().expect("a free slot");
         slot.as_mut_slice()[..PLANE_BYTES].fill(fill(number));
         let to = Destination::Ring { memory: Arc::clone(memory), fetch: 77, chunk: number, shape: SHAPE };
-        Transfer { context: number, slot, to, plane: number % 2 }
+        Transfer { context: number, from: slot.into(), to, plane: number % 2 }
     }
 
     fn sink(&mut self) -> &mut Sinks<u32> {
@@ -146,7 +147,7 @@ impl Bench {
         finished
             .into_iter()
             .map(|end| {
-                self.slots.push(end.slot);
+                self.slots.extend(end.from.into_slot());
                 (end.context, end.result)
             })
             .collect()
@@ -533,4 +534,54 @@ fn short_pieces_that_are_evenly_spaced_are_one_copy() {
     );
     let contents = bench.fake.contents(&handle);
     assert!([2, 9].iter().all(|&at| page(&contents, 1, at).iter().all(|&byte| byte == fill(4))));
+}
+
+/// A plane full of one byte, in pieces of 96 bytes that lie apart in the GPU's memory, as packets would have brought it.
+fn received(bench: &Bench, memory: &Arc<ReceiveMemory>, number: u32) -> Box<Received> {
+    let mut plane = Box::new(Received::new(Arc::clone(memory), PLANE_BYTES.div_ceil(96)));
+    plane.begin(96);
+    for first in (0..PLANE_BYTES).step_by(96) {
+        let address = memory.address() + usize::try_from(number).unwrap() * 4096 + first * 4 / 3;
+        assert!(plane.push(address as u64, 96.min(PLANE_BYTES - first) as u64));
+    }
+    let mut slot = Slots::new(pin(&bench.driver(), arena(4096)).unwrap(), 4096).unwrap().take().remove(0);
+    slot.as_mut_slice()[..PLANE_BYTES].fill(fill(number));
+    yardstick::play_nic(&*bench.driver(), &slot, &plane).unwrap();
+    plane
+}
+
+/// Copies from one place of a GPU to another, among others from slots; of memory of another GPU nothing is copied.
+#[test]
+fn planes_that_a_nic_has_put_into_the_gpu_reach_their_pages() {
+    let mut bench = Bench::new(2, Pace::AtOnce, config());
+    let memory = Arc::new(ReceiveMemory::allocate(&bench.driver(), DeviceIndex(0), 64 << 10).unwrap());
+    let ((handle, pages), (_, of_other)) = (bench.pages(0), bench.pages(1));
+    let mut offered = Batch::new();
+    for number in 0..4 {
+        let from = received(&bench, &memory, number);
+        let transfer = bench.page_transfer(number, &pages, [2 * number, 2 * number + 1], number % 2);
+        offered.push(Transfer { from: Decoded::Received(from), ..transfer });
+        let transfer =
+            bench.page_transfer(10 + number, &pages, [2 * number, 2 * number + 1], (number + 1) % 2);
+        offered.push(transfer);
+    }
+    let from = received(&bench, &memory, 9);
+    let transfer = bench.page_transfer(99, &of_other, [0, 1], 0);
+    offered.push(Transfer { from: Decoded::Received(from), ..transfer });
+    bench.fake.set_pace(Pace::Random(11));
+    bench.fake.fail(Call::CopyWithin, 1);
+    let mut ended = bench.turns(&mut offered, 9);
+    ended.sort_unstable_by_key(|end| end.0);
+    assert_eq!(ended.pop(), Some((99, Err(SinkFault::OtherSink))));
+    assert!(ended.iter().all(|end| end.1.is_ok()), "{ended:?}");
+    let contents = bench.fake.contents(&handle);
+    for number in 0..4 {
+        for (plane, who) in [(number % 2, number), ((number + 1) % 2, 10 + number)] {
+            let page = usize::try_from(PAGE_BYTES).unwrap();
+            let at = (plane as usize * PAGES as usize + 2 * number as usize) * page;
+            assert!(contents[at..at + 2 * page].iter().all(|&byte| byte == fill(who)), "plane of {who}");
+        }
+    }
+    drop(memory);
+    assert_eq!(bench.fake.for_nic(), 0, "nothing of it is in use");
 }

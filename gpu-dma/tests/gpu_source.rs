@@ -115,7 +115,7 @@ proptest! {
         }
         let to = Destination::Pages { memory: Arc::clone(&memory), table: table.as_slice().into(), first_token: first, tokens };
         let mut offered = Batch::new();
-        offered.push(Transfer { context: 1, slot, to, plane: 1 });
+        offered.push(Transfer { context: 1, from: slot.into(), to, plane: 1 });
         let mut finished = FinishedBatch::new();
         for turn in 0..10_000 {
             sink.submit(&mut offered);

@@ -75,7 +75,7 @@ proptest! {
                 }
             }
             let to = Destination::Host { region: Arc::clone(&region), placement };
-            offered.push(Transfer { context: plane, slot, to, plane });
+            offered.push(Transfer { context: plane, from: slot.into(), to, plane });
         }
         let finished = run(&mut HostRing::default(), &mut offered);
         prop_assert_eq!(finished.len(), usize::try_from(shape.planes()).unwrap());
@@ -95,14 +95,15 @@ fn a_call_copies_a_bounded_number_of_bytes() {
     let mut offered = Batch::new();
     for (plane, slot) in (0..).zip(slots(BATCH, plane_bytes)) {
         let to = Destination::Host { region: Arc::clone(&region), placement };
-        offered.push(Transfer { context: plane, slot, to, plane });
+        offered.push(Transfer { context: plane, from: slot.into(), to, plane });
     }
     let per_call = usize::try_from(SUBMIT_BYTES / shape.plane_bytes()).unwrap();
     assert_eq!(sink.submit(&mut offered), per_call);
     let mut finished = FinishedBatch::new();
     assert_eq!(sink.poll(&mut finished), per_call);
     finished.extend(run(&mut sink, &mut offered));
-    let order: Vec<_> = finished.iter().map(|end| (end.context, end.slot.index())).collect();
+    let order = finished.into_iter().map(|end| (end.context, end.from.into_slot().unwrap().index()));
+    let order: Vec<_> = order.collect();
     assert_eq!(order, (0u32..).zip(0..BATCH).collect::<Vec<_>>());
 }
 
@@ -118,7 +119,7 @@ fn without_polling_it_accepts_no_more_than_it_can_report() {
     let mut transfer = || {
         let slot = slots.pop().unwrap();
         let to = Destination::Host { region: Arc::clone(&region), placement };
-        Transfer { context: (), slot, to, plane: 0 }
+        Transfer { context: (), from: slot.into(), to, plane: 0 }
     };
     offered.extend((0..BATCH).map(|_| transfer()));
     assert_eq!(sink.submit(&mut offered), BATCH);
@@ -157,7 +158,7 @@ fn faults_come_back_with_the_slot() {
         let mut slot = slot.unwrap();
         slot.as_mut_slice().fill(1);
         let to = Destination::Host { region: Arc::clone(&region), placement };
-        offered.push(Transfer { context: expected, slot, to, plane });
+        offered.push(Transfer { context: expected, from: slot.into(), to, plane });
     }
     let finished = run(&mut HostRing::default(), &mut offered);
     assert_eq!(finished.len(), 4);

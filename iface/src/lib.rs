@@ -8,6 +8,7 @@
 pub mod clock;
 pub mod config;
 pub mod counter;
+pub mod direct;
 pub mod lcore;
 pub mod link;
 pub mod steer;
@@ -15,5 +16,6 @@ pub mod steer;
 pub use clock::Clock;
 pub use config::{IfaceConfig, IpPrefix};
 pub use counter::Counter;
+pub use direct::{Direct, DirectDatagram, DirectError};
 pub use lcore::{LcoreControl, LcoreCounters, Stage};
-pub use link::{Datagram, Link, LinkCounters, NextHop, OpenError, Opened, Outgoing, open};
+pub use link::{Datagram, Link, LinkCounters, NextHop, OpenError, Opened, Outgoing, open, open_direct};

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use dpdk::{
-    BURST, Burst, Checksum, Eal, Mbuf, Pool, PoolConfig, PoolError, Port, PortConfig, PortError, RxQueue,
-    TxQueue,
+    BURST, Burst, Checksum, Eal, Mbuf, OpenPort, Pool, PoolConfig, PoolError, Port, PortConfig, PortError,
+    RxQueue, SplitRxQueue, TxQueue,
 };
 use protocol::frame::{self, HardwareChecks, Incoming, Local, Peer, TxChecksum};
 use protocol::neighbour::{self, NeighbourConfig, NeighbourError, Neighbours};
@@ -20,6 +20,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::IfaceConfig;
 use crate::counter::Counter;
+use crate::direct::Direct;
 use crate::steer::PortMap;
 
 /// Bytes of an mbuf beyond the IP packet: headroom, Ethernet and VLAN headers, and what drivers round up to.
@@ -173,9 +174,11 @@ impl MacTable {
 /// One queue of a port. Belongs to one lcore.
 pub struct Link {
     rx: RxQueue,
+    /// The queue's second half, which receives into device memory.
+    pub(crate) direct: Option<SplitRxQueue>,
     tx: TxQueue,
     pool: Pool,
-    local: Local,
+    pub(crate) local: Local,
     tx_checksum: TxChecksum,
     covered_checksum: TxChecksum,
     max_payload_bytes: usize,
@@ -190,7 +193,7 @@ pub struct Link {
     macs: Arc<MacTable>,
     /// Errors that nobody has asked for yet; more are forgotten, they are hints.
     path_errors: [Option<PathError>; 8],
-    counters: Arc<LinkCounters>,
+    pub(crate) counters: Arc<LinkCounters>,
 }
 
 /// A host on our network that packets are sent to: a store or a gateway.
@@ -214,6 +217,8 @@ pub struct Opened {
     pub ports: PortMap,
     /// What is known of the next hops.
     pub macs: Arc<MacTable>,
+    /// Why no queue receives into device memory, although one was to.
+    pub direct_refused: Option<String>,
 }
 
 /// Why a port could not be opened.
@@ -255,6 +260,20 @@ pub fn open(
     peer: Option<(IpAddr, u16)>,
     next_hops: &[NextHop],
 ) -> Result<Opened, OpenError> {
+    open_direct(eal, config, peer, next_hops, None)
+}
+
+/// The same, and each queue has a second half that receives into device memory, if there is some.
+///
+/// # Errors
+/// As [`open`]. A driver that refuses such queues is no error: [`Opened::direct_refused`] tells.
+pub fn open_direct(
+    eal: &Eal,
+    config: &IfaceConfig,
+    peer: Option<(IpAddr, u16)>,
+    next_hops: &[NextHop],
+    direct: Option<&Direct>,
+) -> Result<Opened, OpenError> {
     let data_room_bytes = (config.mtu + MBUF_OVERHEAD_BYTES).max(MIN_DATA_ROOM_BYTES);
     let pool_config = PoolConfig { mbufs: config.mbufs, cache: 256, data_room_bytes, numa_node: None };
     let pool_name = || format!("mbufs{}", NEXT_POOL.fetch_add(1, Relaxed));
@@ -270,7 +289,11 @@ pub fn open(
         mtu: config.mtu,
         promiscuous: false,
     };
-    let (port, rx, tx) = Port::open(eal, &config.device, &port_config, &pools)?;
+    let split = direct.map(|direct| direct.pools(eal, config, &pools)).transpose();
+    let split = split.map_err(|source| OpenError::Pool { device: config.device.clone(), source })?;
+    let split = split.unwrap_or_default();
+    let OpenPort { port, rx, split_rx, tx } =
+        Port::open_split(eal, &config.device, &port_config, &pools, &split)?;
 
     let ip = config.address.ip;
     let ports = match (port.rss(), peer) {
@@ -279,6 +302,9 @@ pub fn open(
         }
         _ => PortMap::consecutive(config.udp_port, config.queues),
     };
+    let ports = if direct.is_some() { ports.with_direct_ports() } else { ports };
+    let direct_refused = direct.and_then(|direct| direct.steer(&port, config, &ports).err());
+    let mut split_rx = split_rx.into_iter().filter(|_| direct_refused.is_none());
     let (first_port, span) = (ports.first_port(), ports.span());
     let local = Local { mac: mac_of(&port, ip), ip, first_port, ports: span, vlan: config.vlan };
     if let IpAddr::V6(ip) = ip {
@@ -304,6 +330,7 @@ pub fn open(
         }
         links.push(Link {
             rx,
+            direct: split_rx.next(),
             tx,
             pool: pool.clone(),
             local,
@@ -321,7 +348,7 @@ pub fn open(
             counters: Arc::default(),
         });
     }
-    Ok(Opened { port, links, pools, ports, macs })
+    Ok(Opened { port, links, pools, ports, macs, direct_refused })
 }
 
 /// The port's address. A virtual device may have none: then one that is locally administered, made of the IP
@@ -400,7 +427,7 @@ impl Link {
 
     /// Of a neighbour, or of an error about a packet of ours.
     #[cold]
-    fn take_note(&mut self, now: Instant, incoming: &Incoming) {
+    pub(crate) fn take_note(&mut self, now: Instant, incoming: &Incoming) {
         self.neighbours.handle(now, incoming);
         match *incoming {
             Incoming::NeighbourRequest { sender_mac, sender_ip } => {

@@ -21,6 +21,8 @@ pub struct PortMap {
     queue_of: Vec<Option<u16>>,
     /// Port of each queue.
     port_of: Vec<u16>,
+    /// A second port of each queue, or none.
+    direct_port_of: Vec<u16>,
 }
 
 impl PortMap {
@@ -28,7 +30,25 @@ impl PortMap {
     #[must_use]
     pub fn consecutive(first_port: u16, queues: u16) -> Self {
         let port_of: Vec<u16> = (0..queues).map(|queue| first_port.wrapping_add(queue)).collect();
-        Self { first_port, queue_of: (0..queues).map(Some).collect(), port_of }
+        let queue_of = (0..queues).map(Some).collect();
+        Self { first_port, queue_of, port_of, direct_port_of: Vec::new() }
+    }
+
+    /// The same with a second port for each queue, behind all others: what comes to it is to be received into device memory.
+    #[must_use]
+    pub fn with_direct_ports(mut self) -> Self {
+        let queues = u16::try_from(self.port_of.len()).unwrap_or(u16::MAX);
+        for queue in 0..queues {
+            self.direct_port_of.push(self.first_port.wrapping_add(self.span()));
+            self.queue_of.push(Some(queue));
+        }
+        self
+    }
+
+    /// The second port of `queue`, if it has one.
+    #[must_use]
+    pub fn direct_port(&self, queue: u16) -> Option<u16> {
+        self.direct_port_of.get(usize::from(queue)).copied()
     }
 
     /// Ports such that what `peer` sends from `peer_port` to `local` reaches each queue's own lcore.
@@ -53,7 +73,7 @@ impl PortMap {
             }
         }
         match port_of.into_iter().collect::<Option<Vec<u16>>>() {
-            Some(port_of) => Self { first_port, queue_of, port_of },
+            Some(port_of) => Self { first_port, queue_of, port_of, direct_port_of: Vec::new() },
             None => Self::consecutive(first_port, queues),
         }
     }
@@ -98,6 +118,20 @@ mod tests {
             assert_eq!(map.queue(map.port(queue)), Some(queue));
         }
         assert_eq!((map.queue(4790), map.queue(4794), map.span()), (None, None, 3));
+    }
+
+    #[test]
+    fn direct_ports_lie_behind_all_others() {
+        let map = PortMap::consecutive(4800, 2).with_direct_ports();
+        assert_eq!(
+            (map.direct_port(0), map.direct_port(1), map.direct_port(2)),
+            (Some(4802), Some(4803), None)
+        );
+        assert_eq!(
+            (map.queue(4800), map.queue(4803), map.queue(4804), map.span()),
+            (Some(0), Some(1), None, 4)
+        );
+        assert_eq!(PortMap::consecutive(4800, 2).direct_port(0), None);
     }
 
     #[test]

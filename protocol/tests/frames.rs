@@ -294,6 +294,29 @@ proptest! {
         prop_assert_eq!(data, Data { tag, segment, epoch, sequence, waited_ns, payload: &payload });
         prop_assert_eq!(Message::new_checked(&out), Ok(Message::Data(data)));
     }
+
+    /// Of a header alone the same is read as of the whole message, and nothing of what is none.
+    #[test]
+    fn a_data_header_reads_as_the_whole_message(
+        tag in any::<u32>(),
+        segment in any::<u32>(),
+        epoch in any::<u64>(),
+        flip in 0_usize..message::DATA_HEADER_BYTES * 8,
+        length in 0_usize..64,
+    ) {
+        let mut out = vec![0xee; 64];
+        let head = Data { tag, segment, epoch, sequence: 7, waited_ns: 9, payload: &[] };
+        message::emit_data_header(&mut out, &head).unwrap();
+        for flipped in [false, true] {
+            if flipped {
+                out[flip / 8] ^= 1 << (flip % 8);
+            }
+            let whole = message::data(&out).map(|data| Data { payload: &[], ..data });
+            prop_assert_eq!(message::data_header(&out[..message::DATA_HEADER_BYTES]), whole);
+            let other = message::data_header(&out[..length]);
+            prop_assert!(other.is_none() || length == message::DATA_HEADER_BYTES);
+        }
+    }
 }
 
 /// Every single-bit flip of a frame is dropped under a reason, or did not touch what we rely on: the source MAC address,

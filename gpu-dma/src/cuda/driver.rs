@@ -14,13 +14,21 @@ use cudarc::driver::sys::{
 use super::CudaError;
 use super::symbols::{BatchCopy, Symbols};
 use crate::copies::{CopyList, Run};
-use crate::driver::{Device, DeviceIndex, Driver, DriverError, EventId, Mapping, StreamId};
+use crate::driver::{Device, DeviceIndex, Driver, DriverError, EventId, ForNic, Mapping, NicUnfit, StreamId};
 
 const CU_STREAM_NON_BLOCKING: u32 = 1;
 const CU_EVENT_DISABLE_TIMING: u32 = 2;
 const CU_MEMHOSTREGISTER_PORTABLE: u32 = 1;
 const CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: u32 = 1;
 const CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: u32 = 9;
+const CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED: u32 = 116;
+const CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING: u32 = 118;
+const CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED: u32 = 124;
+/// A GPU consumes what a NIC has written to its memory in order, without a flush.
+const CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER: c_int = 100;
+/// By a copy engine where that can be: multiprocessors are the model's.
+const CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE: u32 = 1;
+const CUDA_ERROR_NOT_SUPPORTED: u32 = 801;
 const CUDA_ERROR_INVALID_DEVICE: u32 = 101;
 const CUDA_ERROR_NOT_READY: u32 = 600;
 
@@ -204,6 +212,55 @@ impl Cuda {
         }
     }
 
+    /// One attribute of a GPU.
+    fn attribute(&self, device: DeviceIndex, which: u32) -> Result<c_int, DriverError> {
+        let context = self.enter(device)?;
+        let mut value = 0;
+        // SAFETY: writes one integer.
+        let code = unsafe { (self.symbols.device_attribute)(&raw mut value, which, context.device) };
+        self.check("cuDeviceGetAttribute", code)?;
+        Ok(value)
+    }
+
+    /// Starts pieces in one call.
+    ///
+    /// # Safety
+    /// As [`Driver::copy_pieces`], whatever memory the pieces are in.
+    unsafe fn copy_batch(
+        &self,
+        batch: BatchCopy,
+        stream: CUstream,
+        mut attributes: CUmemcpyAttributes,
+        list: &CopyList,
+        pieces: Range<usize>,
+    ) -> Result<(), DriverError> {
+        let count = pieces.len();
+        let (to, from, bytes) = (&list.to[pieces.clone()], &list.from[pieces.clone()], &list.bytes[pieces]);
+        let (mut first, mut failed) = (0_usize, 0_usize);
+        let (to, from, bytes) = (to.as_ptr().cast_mut(), from.as_ptr().cast_mut(), bytes.as_ptr().cast_mut());
+        // SAFETY: by this function's contract; the three lists have `count` entries, and the driver, for all that they are
+        // not const, only reads them. One attribute for all from index 0 on.
+        let code = unsafe {
+            match batch {
+                BatchCopy::From12(batch) => batch(
+                    to,
+                    from,
+                    bytes,
+                    count,
+                    &raw mut attributes,
+                    &raw mut first,
+                    1,
+                    &raw mut failed,
+                    stream,
+                ),
+                BatchCopy::From13(batch) => {
+                    batch(to, from, bytes, count, &raw mut attributes, &raw mut first, 1, stream)
+                }
+            }
+        };
+        self.check("cuMemcpyBatchAsync", code)
+    }
+
     fn copy_2d(&self, stream: CUstream, run: &Run) -> Result<(), DriverError> {
         let copy = CUDA_MEMCPY2D {
             srcHost: std::ptr::with_exposed_provenance(as_usize(run.from)),
@@ -364,31 +421,54 @@ impl Driver for Cuda {
         let Some(batch) = self.symbols.batch else {
             return self.copy_without_batch(stream, list, pieces);
         };
-        let count = pieces.len();
-        let (to, from, bytes) = (&list.to[pieces.clone()], &list.from[pieces.clone()], &list.bytes[pieces]);
-        let (mut attributes, mut first, mut failed) = (attributes(), 0_usize, 0_usize);
-        let (to, from, bytes) = (to.as_ptr().cast_mut(), from.as_ptr().cast_mut(), bytes.as_ptr().cast_mut());
-        // SAFETY: by this function's contract; the three lists have `count` entries, and the driver, for all that they are
-        // not const, only reads them. One attribute for all from index 0 on.
-        let code = unsafe {
-            match batch {
-                BatchCopy::From12(batch) => batch(
-                    to,
-                    from,
-                    bytes,
-                    count,
-                    &raw mut attributes,
-                    &raw mut first,
-                    1,
-                    &raw mut failed,
-                    stream,
-                ),
-                BatchCopy::From13(batch) => {
-                    batch(to, from, bytes, count, &raw mut attributes, &raw mut first, 1, stream)
-                }
-            }
+        // SAFETY: by this function's contract.
+        unsafe { self.copy_batch(batch, stream, attributes(), list, pieces) }
+    }
+
+    unsafe fn copy_within(
+        &self,
+        device: DeviceIndex,
+        stream: StreamId,
+        list: &CopyList,
+        pieces: Range<usize>,
+    ) -> Result<(), DriverError> {
+        self.enter(device)?;
+        // `allocate_for_nic` gives none without.
+        let Some(batch) = self.symbols.batch else {
+            return self.check("cuMemcpyBatchAsync", CUDA_ERROR_NOT_SUPPORTED);
         };
-        self.check("cuMemcpyBatchAsync", code)
+        let attributes =
+            CUmemcpyAttributes { flags: CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE, ..attributes() };
+        // SAFETY: by this function's contract.
+        unsafe { self.copy_batch(batch, stream_of(stream), attributes, list, pieces) }
+    }
+
+    fn allocate_for_nic(&self, device: DeviceIndex, bytes: usize) -> Result<ForNic, NicUnfit> {
+        if self.symbols.batch.is_none() {
+            return Err(NicUnfit::NoBatches);
+        }
+        if self.attribute(device, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED)? == 0 {
+            return Err(NicUnfit::NoRdma);
+        }
+        let ordering = self.attribute(device, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING)?;
+        if ordering < CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER {
+            return Err(NicUnfit::Unordered(ordering));
+        }
+        // What is smaller than a page of 2 MiB may share one with others, and begin anywhere in it.
+        let memory = self.allocate(device, bytes.next_multiple_of(2 << 20))?;
+        let exports = self.attribute(device, CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED)? != 0;
+        let dma_buf = if exports { Some(self.export_dma_buf(&memory)?) } else { None };
+        let address = memory.address();
+        // Freed by `free_for_nic`.
+        std::mem::forget(memory);
+        Ok(ForNic { address, dma_buf, is_cpu_memory: false })
+    }
+
+    fn free_for_nic(&self, device: DeviceIndex, memory: &ForNic) {
+        if self.enter(device).is_ok() {
+            // SAFETY: allocated by `allocate_for_nic`, and freed once: whoever has a `ForNic` cannot have two.
+            unsafe { (self.symbols.free)(memory.address) };
+        }
     }
 
     unsafe fn copy_rows(&self, device: DeviceIndex, stream: StreamId, run: &Run) -> Result<(), DriverError> {
@@ -504,31 +584,6 @@ impl Drop for DeviceMemory<'_> {
 }
 
 impl Cuda {
-    /// Whether GPU memory can be lent to a NIC as a dma-buf: exports a small allocation and closes it again. An error says
-    /// what stands in the way.
-    ///
-    /// # Errors
-    /// When the GPU or the driver cannot.
-    pub fn probe_dma_buf(&self, device: DeviceIndex) -> Result<(), String> {
-        const CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED: u32 = 124;
-        let context = self.enter(device).map_err(|error| error.to_string())?;
-        let mut supported = 0;
-        // SAFETY: writes one integer.
-        let code = unsafe {
-            (self.symbols.device_attribute)(
-                &raw mut supported,
-                CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED,
-                context.device,
-            )
-        };
-        self.check("cuDeviceGetAttribute", code).map_err(|error| error.to_string())?;
-        if supported == 0 {
-            return Err("the driver exports no dma-buf of this GPU (it needs the open kernel modules)".into());
-        }
-        let memory = self.allocate(device, 2 << 20).map_err(|error| error.to_string())?;
-        self.export_dma_buf(&memory).map(drop).map_err(|error| error.to_string())
-    }
-
     /// Exports GPU memory as a dma-buf, which an RDMA-capable NIC can be given.
     ///
     /// # Errors
@@ -536,7 +591,6 @@ impl Cuda {
     pub fn export_dma_buf(&self, memory: &DeviceMemory<'_>) -> Result<std::os::fd::OwnedFd, DriverError> {
         use std::os::fd::FromRawFd;
         const CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD: u32 = 1;
-        const CUDA_ERROR_NOT_SUPPORTED: u32 = 801;
         const CALL: &str = "cuMemGetHandleForAddressRange";
         self.enter(memory.device)?;
         let Some(export) = self.symbols.dma_buf else {

@@ -325,6 +325,20 @@ impl<L: ChunkLayout> FetchEngine<L> {
         Some(&self.chunks[self.announced(transfer)?.chunk.at()].info)
     }
 
+    /// The plane that is being pulled under `tag`: its transfer, fetch, chunk and plane, and the chunk's header. `None` of the tags of headers,
+    /// and of planes that are whole or given up.
+    pub fn plane_of(&self, tag: u32) -> Option<(TransferId, FetchId, u32, u16, &[u8])> {
+        let index = TransferIndex(tag::slot_of(tag));
+        let found = self.transfers.get(index.at())?;
+        if found.tag != tag || found.state != TransferState::Receiving || self.is_header(index) {
+            return None;
+        }
+        let slot = &self.chunks[found.chunk.at()];
+        let header_bytes = slot.info.header_bytes as usize;
+        let header = &self.chunk_headers[self.header_range(found.chunk)][..header_bytes];
+        Some((TransferId(tag), self.jobs[slot.job.at()].id, slot.chunk, found.plane, header))
+    }
+
     fn announced(&self, transfer: TransferId) -> Option<&Transfer> {
         let found = self.transfers.get(transfer.slot())?;
         (found.tag == transfer.0 && found.state == TransferState::Announced).then_some(found)

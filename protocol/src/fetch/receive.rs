@@ -36,8 +36,34 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.counters.marked += u64::from(marked);
         self.now = self.now.max(now);
         let result = match message::data(payload) {
-            Some(data) => self.handle_data(now, store, marked, &data),
+            Some(data) => self.handle_data(now, store, marked, (&data, data.payload.len())),
             None => self.handle_control(now, store, payload),
+        };
+        if let Err(reason) = result {
+            self.counters.drops[reason.index()] += 1;
+        }
+        result
+    }
+
+    /// The same of a DATA message of which only the header is at hand, while its segment of `segment_bytes` lies in memory that nobody
+    /// here reads. Only segments of planes can be taken in so.
+    #[inline]
+    pub fn handle_data_header(
+        &mut self,
+        now: Instant,
+        store: StoreIndex,
+        marked: bool,
+        header: &[u8],
+        segment_bytes: usize,
+    ) -> Result<Accepted, DropReason> {
+        self.counters.datagrams += 1;
+        self.counters.marked += u64::from(marked);
+        self.now = self.now.max(now);
+        let result = match message::data_header(header) {
+            Some(data) if !self.is_header(TransferIndex(tag::slot_of(data.tag))) => {
+                self.handle_data(now, store, marked, (&data, segment_bytes))
+            }
+            Some(_) | None => Err(DropReason::BadLength),
         };
         if let Err(reason) = result {
             self.counters.drops[reason.index()] += 1;
@@ -51,7 +77,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         now: Instant,
         store_index: StoreIndex,
         marked: bool,
-        data: &Data<'_>,
+        (data, data_bytes): (&Data<'_>, usize),
     ) -> Result<Accepted, DropReason> {
         let index = TransferIndex(tag::slot_of(data.tag));
         let transfer = self.transfers.get_mut(index.at()).ok_or(DropReason::Stale)?;
@@ -74,7 +100,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         let is_last = data.segment + 1 == transfer.segments;
         let bytes = if is_last { transfer.last_bytes } else { u32::from(transfer.segment_bytes) };
-        if data.payload.len() != bytes as usize {
+        if data_bytes != bytes as usize {
             return Err(DropReason::BadLength);
         }
         let first_word = index.at() * self.segment_words;
@@ -116,7 +142,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         Ok(Accepted::Segment {
             transfer: TransferId(data.tag),
             segment: data.segment,
-            data: first..first + data.payload.len(),
+            data: first..first + data_bytes,
         })
     }
 
@@ -235,7 +261,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         payload: &[u8],
     ) -> Result<Accepted, DropReason> {
         match Message::new_checked(payload)? {
-            Message::Data(data) => return self.handle_data(now, store, false, &data),
+            Message::Data(data) => return self.handle_data(now, store, false, (&data, data.payload.len())),
             Message::LookupReply(reply) => self.handle_reply(now, store, &reply)?,
             Message::Error(refusal) => self.handle_refusal(store, &refusal)?,
             Message::Lookup(_) | Message::Pull(_) | Message::Probe(_) | Message::ProbeReply(_) => {

@@ -300,6 +300,13 @@ pub fn data(payload: &[u8]) -> Option<Data<'_>> {
     read_data(payload).ok()
 }
 
+/// The DATA message whose header is `header`, all of it, and whose segment lies where it cannot be read; `None` if it is no such header.
+#[inline]
+pub fn data_header(header: &[u8]) -> Option<Data<'_>> {
+    let header: &[u8; DATA_HEADER_BYTES] = header.try_into().ok()?;
+    (header[0..COMMON_BYTES] == common(MessageType::Data)).then(|| data_of(header, &[]))
+}
+
 #[inline(always)]
 const fn common(kind: MessageType) -> [u8; COMMON_BYTES] {
     [MAGIC[0], MAGIC[1], MAGIC[2], MAGIC[3], VERSION, kind as u8, 0, 0]
@@ -370,14 +377,19 @@ fn read_data(payload: &[u8]) -> Result<Data<'_>, DropReason> {
     if payload.is_empty() {
         return Err(DropReason::BadLength);
     }
-    Ok(Data {
+    Ok(data_of(header, payload))
+}
+
+#[inline(always)]
+fn data_of<'a>(header: &[u8; DATA_HEADER_BYTES], payload: &'a [u8]) -> Data<'a> {
+    Data {
         tag: le32(header, 8),
         segment: le32(header, 12),
         epoch: le64(header, 16),
         sequence: le32(header, 24),
         waited_ns: le32(header, 28),
         payload,
-    })
+    }
 }
 
 fn read_error(payload: &[u8]) -> Result<Refusal, DropReason> {

@@ -1,0 +1,685 @@
+//! Planes that are received into GPU memory, for which memory of the process stands in, as the CPU does for the NIC: where they land, what is
+//! received so and what is not, and what happens when that fails.
+
+#[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
+mod lab;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use client::{
+    ChunkPlace, Client, ClientConfig, DeviceUuid, ElementType, Fetch, FetchRequest, GpuAllocation, IpcHandle,
+    LayerBase, Layout, MissingReason, Outcome, PageStrides, PagedKv, PagesRequest, PlaneBase, RingConfig,
+    RingRequest,
+};
+use compress::Codec;
+use dataplane::{GpuConfig, GpuDirect, RunError};
+use dpdk::{Burst, Eal, EalConfig, Pool, PoolConfig, Port, PortConfig, RxQueue, TxQueue};
+use gpu_dma::testing::{Call, FakeDriver, Pace};
+use gpu_dma::{Driver, GpuSinkConfig};
+use protocol::frame::{self, HardwareChecks, Incoming, Local, Peer};
+use protocol::wire::arp;
+use protocol::{Namespace, ServeConfig, ServeEngine};
+use serde_json::Value;
+
+use lab::chunks::{CHUNK_TOKENS, Library, SHAPE};
+use lab::frames;
+use lab::random::Random;
+
+const STORE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const STORE_PORT: u16 = 4791;
+/// The data plane's ordinary UDP port, and the one behind it whose packets a NIC would put into GPU memory.
+const PORTS: [u16; 2] = [4800, 4801];
+
+/// A packet of the store's, and the queue that it is to arrive on.
+struct Packet {
+    bytes: Vec<u8>,
+    queue: usize,
+}
+
+/// Changes what the store sends in one turn.
+type Mischief<'a> = &'a mut dyn FnMut(&mut Vec<Packet>);
+
+struct Store {
+    rx: Vec<RxQueue>,
+    tx: Vec<TxQueue>,
+    pool: Pool,
+    _port: Port,
+    local: Local,
+    serve: ServeEngine,
+    plane_mac: [u8; 6],
+}
+
+impl Store {
+    fn open(eal: &Eal, device: &str, name: &str) -> Self {
+        let pool = Pool::new(eal, name, PoolConfig { mbufs: 8191, ..PoolConfig::default() }).unwrap();
+        let config = PortConfig { rx_queues: 2, tx_queues: 2, ..PortConfig::default() };
+        let (port, rx, tx) = Port::open(eal, device, &config, &[pool.clone(), pool.clone()]).unwrap();
+        let ip = "10.98.0.1".parse().unwrap();
+        let local = Local { mac: STORE_MAC, ip, first_port: STORE_PORT, ports: 1, vlan: None };
+        let serve = ServeEngine::new(ServeConfig::default());
+        Self { rx, tx, pool, _port: port, local, serve, plane_mac: [0; 6] }
+    }
+
+    fn send(&mut self, packet: &Packet) {
+        let mut mbuf = self.pool.alloc().expect("the store's buffers come back");
+        mbuf.append(packet.bytes.len()).expect("room").copy_from_slice(&packet.bytes);
+        let mut burst = Burst::new();
+        burst.push(mbuf).unwrap();
+        let limit = Instant::now() + Duration::from_secs(10);
+        while self.tx[packet.queue].send(&mut burst) == 0 {
+            assert!(Instant::now() < limit, "the data plane takes no packets");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Answers what the data plane has sent; returns by which of its ports it asked for planes or headers.
+    fn step(&mut self, library: &Library, mischief: Mischief<'_>) -> Vec<u16> {
+        let mut pulls = Vec::new();
+        let mut burst = Burst::new();
+        self.rx.iter_mut().for_each(|rx| {
+            rx.receive(&mut burst);
+        });
+        for mbuf in burst.drain() {
+            let bytes = mbuf.data();
+            if bytes[12..14] == [0x08, 0x06] {
+                self.plane_mac = bytes[6..12].try_into().unwrap();
+                self.answer_arp();
+                continue;
+            }
+            match frame::parse(bytes, &self.local, HardwareChecks::default()) {
+                Ok(Incoming::Datagram { from, payload, .. }) => {
+                    pulls.extend((bytes[payload.start + 5] == 3).then_some(from.port));
+                    let payload = &bytes[payload];
+                    self.serve.handle_datagram(protocol::Instant::ZERO, from, payload, library).unwrap();
+                }
+                other => panic!("the data plane sent {other:?}"),
+            }
+        }
+        let mut sending = Vec::new();
+        let mut message = vec![0; 2048];
+        while let Some(transmit) = self.serve.poll_transmit(protocol::Instant::ZERO, &mut message) {
+            let mut payload = message[..transmit.header_bytes].to_vec();
+            if let Some((handle, range)) = transmit.payload {
+                payload.extend_from_slice(&library.chunks[usize::try_from(handle).unwrap()][range]);
+            }
+            let bytes = frames::datagram(&self.local, &transmit.to, &payload);
+            let queue = PORTS.iter().position(|&port| port == transmit.to.port).expect("a port of its own");
+            sending.push(Packet { bytes, queue });
+        }
+        mischief(&mut sending);
+        sending.iter().for_each(|packet| self.send(packet));
+        pulls
+    }
+
+    fn answer_arp(&mut self) {
+        let (IpAddr::V4(sender_ip), mac) = (self.local.ip, self.plane_mac) else { unreachable!() };
+        let reply = arp::Arp {
+            operation: arp::Operation::Reply,
+            sender_mac: STORE_MAC,
+            sender_ip,
+            target_mac: mac,
+            target_ip: "10.98.0.2".parse().unwrap(),
+        };
+        let mut bytes = vec![0; arp::FRAME_BYTES];
+        reply.emit_frame(&mut bytes, mac, None).unwrap();
+        self.send(&Packet { bytes, queue: 0 });
+    }
+}
+
+fn first_cpu() -> usize {
+    let set = rustix::thread::sched_getaffinity(None).unwrap();
+    (0..rustix::thread::CpuSet::MAX_CPU).find(|&cpu| set.is_set(cpu)).unwrap()
+}
+
+fn config(device: String, socket: PathBuf, gpu: GpuConfig) -> dataplane::Config {
+    let cpu = first_cpu();
+    dataplane::Config {
+        iface: iface::IfaceConfig {
+            device,
+            address: "10.98.0.2/24".parse().unwrap(),
+            vlan: None,
+            udp_port: PORTS[0],
+            mtu: 1500,
+            queues: 1,
+            rx_descriptors: 512,
+            tx_descriptors: 512,
+            mbufs: 4096,
+        },
+        placement: format!("rx@{cpu},decode@{cpu},dma@{cpu}").parse().unwrap(),
+        stores: vec![format!("10.98.0.1:{STORE_PORT}").parse().unwrap()],
+        replicas: 1,
+        store_mac: None,
+        gateway: None,
+        socket,
+        group: None,
+        slots: 4,
+        slot_bytes: 64 << 10,
+        pages: hugepages::PageChoice::Base,
+        compress_dev: None,
+        window_segments: Some(96),
+        link_mbps: 0,
+        queue_tolerance: Duration::from_micros(100),
+        schedule: protocol::Schedule::default(),
+        max_fetches: 4,
+        max_chunks: 64,
+        max_layers: 16,
+        rto_min: Duration::from_millis(4),
+        idle_sleep: Duration::from_micros(20),
+        gpu,
+        save: dataplane::SaveConfig::NONE,
+    }
+}
+
+struct Bench {
+    store: Store,
+    client: Client,
+    fake: Arc<FakeDriver>,
+    /// The data plane has ended.
+    ended: Arc<AtomicBool>,
+}
+
+/// Sets it when it is dropped, in a panic too.
+struct Sets(Arc<AtomicBool>);
+
+impl Drop for Sets {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Runs a data plane with a GPU whose memory is this process's, on the calling thread, which is DPDK's main lcore, and meanwhile `script` on another.
+fn with_plane(
+    eal: &Eal,
+    name: &'static str,
+    fake: &Arc<FakeDriver>,
+    direct: GpuDirect,
+    script: impl FnOnce(&mut Bench) + Send,
+) -> Result<(), RunError> {
+    let driver: Arc<dyn Driver> = fake.clone();
+    let gpu = GpuConfig { driver: Some(driver), sink: GpuSinkConfig::default(), direct };
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("control.sock");
+    let (ours, theirs) = Port::ring_pair_with(eal, name, 2, 2048).unwrap();
+    let config = config(theirs, socket.clone(), gpu);
+    let (stop, ended) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let result = std::thread::scope(|scope| {
+        let (stops, ended_too) = (Sets(Arc::clone(&stop)), Arc::clone(&ended));
+        scope.spawn(move || {
+            let _stops = stops;
+            let store = Store::open(eal, &ours, &format!("store-{name}"));
+            while !socket.exists() {
+                if ended_too.load(Ordering::Relaxed) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let client = Client::connect(&socket, &ClientConfig::new(Namespace::default())).unwrap();
+            let mut bench = Bench { store, client, fake: Arc::clone(fake), ended: ended_too };
+            script(&mut bench);
+        });
+        let _ended = Sets(ended);
+        dataplane::run(eal, &config, &stop)
+    });
+    assert_eq!((fake.for_nic(), fake.registered()), (0, 0), "all memory was let go");
+    result
+}
+
+impl Bench {
+    /// Serves the store until the fetch has ended. Returns the ports that it was asked by, and how the fetch ended.
+    fn follow(
+        &mut self,
+        library: &Library,
+        mut fetch: Fetch,
+        mischief: Mischief<'_>,
+        mut between: impl FnMut(&FakeDriver, &Client),
+    ) -> (Vec<u16>, client::FetchReport) {
+        let limit = Instant::now() + Duration::from_secs(30);
+        let mut pulls = Vec::new();
+        loop {
+            pulls.extend(self.store.step(library, mischief));
+            between(&self.fake, &self.client);
+            if let Some(report) = fetch.poll().unwrap() {
+                return (pulls, report);
+            }
+            assert!(!self.ended.load(Ordering::Relaxed), "the data plane ended");
+            assert!(Instant::now() < limit, "the fetch does not end");
+            std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    fn stats(&self) -> Value {
+        serde_json::from_str(&self.client.stats().unwrap()).unwrap()
+    }
+
+    fn count(&self, name: &str) -> u64 {
+        self.stats()["gpudirect"]["counters"][name].as_u64().unwrap()
+    }
+
+    /// Every buffer is back, every packet is accounted for.
+    fn settle(&mut self, library: &Library) {
+        let limit = Instant::now() + Duration::from_secs(10);
+        loop {
+            self.store.step(library, &mut |_| ());
+            let stats = self.stats();
+            let counters = &stats["counters"];
+            let count = |name: &str| counters[name].as_u64().unwrap();
+            let drops: u64 =
+                counters["dropped"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
+            let taken = ["rx_neighbour", "rx_icmp", "segments_accepted", "control_accepted"].map(count);
+            let is_settled = stats["gpudirect"]["buffers_in_use"].as_u64().unwrap() == 0
+                && stats["memory"]["mbufs_in_use"].as_u64().unwrap() <= 1
+                && count("rx_packets") == drops + taken.iter().sum::<u64>();
+            if is_settled {
+                assert_eq!(stats["memory"]["slots_free"], stats["memory"]["slots"]);
+                return;
+            }
+            assert!(Instant::now() < limit, "{stats:#}");
+        }
+    }
+}
+
+/// A cache `[layers, 2, pages, ..]` on one of the fake's GPUs.
+fn cache(fake: &FakeDriver, device: u8, page_tokens: u16, hnd: bool) -> PagedKv {
+    let (heads, dim, element) = (SHAPE.kv_heads, SHAPE.head_dim, ElementType::Bf16);
+    let strides = if hnd {
+        PageStrides::hnd(page_tokens, heads, dim, element)
+    } else {
+        PageStrides::nhd(page_tokens, heads, dim, element)
+    };
+    let pages = 2 * u64::try_from(Library::tokens()).unwrap().div_ceil(page_tokens.into());
+    let plane = |n: u64| PlaneBase::new(0, n * pages * strides.page);
+    let bytes = u64::from(SHAPE.planes()) * pages * strides.page;
+    let handle = IpcHandle::new(fake.allocate(usize::from(device), bytes));
+    PagedKv {
+        device: DeviceUuid([device + 1; 16]),
+        allocations: vec![GpuAllocation { handle, bytes }],
+        element,
+        page_tokens,
+        pages: u32::try_from(pages).unwrap(),
+        kv_heads: heads,
+        head_dim: dim,
+        k: strides,
+        v: strides,
+        layers: (0..u64::from(SHAPE.layers))
+            .map(|layer| LayerBase { k: plane(2 * layer), v: plane(2 * layer + 1) })
+            .collect(),
+    }
+}
+
+/// Every second page, from the last one down.
+fn table(kv: &PagedKv) -> Vec<u32> {
+    (0..kv.pages).rev().step_by(2).collect()
+}
+
+fn chunks(library: &Library) -> Vec<ChunkPlace> {
+    let mut offset = 0;
+    let place = |(key, &tokens): (&protocol::Key, &u16)| {
+        let place = ChunkPlace { key: key.0, tokens, offset };
+        offset += u64::from(tokens);
+        place
+    };
+    library.keys.iter().zip(&CHUNK_TOKENS).map(place).collect()
+}
+
+/// What the cache must hold, head by head; zero where nothing was to go.
+fn expected(kv: &PagedKv, library: &Library) -> Vec<u8> {
+    let mut memory = vec![0; usize::try_from(kv.allocations[0].bytes).unwrap()];
+    let (table, head_bytes) = (table(kv), usize::from(SHAPE.head_dim) * 2);
+    let (heads, size) = (usize::from(SHAPE.kv_heads), usize::from(kv.page_tokens));
+    let mut first = 0;
+    for (planes, &tokens) in library.planes.iter().zip(&CHUNK_TOKENS) {
+        for (plane, bytes) in planes.iter().enumerate() {
+            let layer = &kv.layers[plane / 2];
+            let (base, strides) = if plane.is_multiple_of(2) { (layer.k, kv.k) } else { (layer.v, kv.v) };
+            for (row, vector) in bytes.chunks_exact(head_bytes).enumerate() {
+                let (token, head) = (first + row / heads, row % heads);
+                let at = base.offset
+                    + u64::from(table[token / size]) * strides.page
+                    + (token % size) as u64 * strides.token
+                    + head as u64 * strides.head;
+                let at = usize::try_from(at).unwrap();
+                memory[at..at + head_bytes].copy_from_slice(vector);
+            }
+        }
+        first += usize::from(tokens);
+    }
+    memory
+}
+
+/// How planes are expected to be received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Direct,
+    Host,
+    /// Some so, some so.
+    Either,
+}
+
+/// Fetches all of `library` into pages, and compares every bit of them.
+fn fetch_pages(
+    bench: &mut Bench,
+    library: &Library,
+    (device, page_tokens, hnd): (u8, u16, bool),
+    way: Way,
+    mischief: Mischief<'_>,
+) {
+    let what = format!("GPU {device}, pages of {page_tokens}, HND: {hnd}, {way:?}");
+    let kv = cache(&bench.fake, device, page_tokens, hnd);
+    let cache = bench.client.register_pages(kv.clone()).unwrap();
+    let request = PagesRequest {
+        cache: &cache,
+        shape: SHAPE,
+        table: table(&kv),
+        chunks: chunks(library),
+        timeout: Duration::from_secs(20),
+        progress: false,
+    };
+    let (direct, planes) = (bench.count("planes_direct"), delivered(bench));
+    let fetch = bench.client.fetch_pages(&request).unwrap();
+    let (pulls, report) = bench.follow(library, fetch, mischief, |_, _| ());
+    assert_eq!(report.outcome, Outcome::Done, "{what}: {report:?} {:#}", bench.stats());
+    let contents = bench.fake.contents(&kv.allocations[0].handle.bytes());
+    assert!(contents == expected(&kv, library), "{what}: a wrong byte");
+    bench.settle(library);
+    let (direct, planes) = (bench.count("planes_direct") - direct, delivered(bench) - planes);
+    assert_eq!(planes, u64::from(SHAPE.planes()) * 3, "{what}");
+    assert!(pulls.contains(&PORTS[0]), "headers are always pulled to host memory");
+    match way {
+        Way::Direct => assert!(direct == planes && pulls.contains(&PORTS[1]), "{what}: {direct} were direct"),
+        Way::Host => assert!(direct == 0 && !pulls.contains(&PORTS[1]), "{what}: {direct} were direct"),
+        Way::Either => {}
+    }
+}
+
+fn delivered(bench: &Bench) -> u64 {
+    bench.stats()["counters"]["planes_delivered"].as_u64().unwrap()
+}
+
+/// Without mischief.
+fn fetch(bench: &mut Bench, library: &Library, cache: (u8, u16, bool), way: Way) {
+    fetch_pages(bench, library, cache, way, &mut |_| ());
+}
+
+fn eal() -> Eal {
+    let config = EalConfig {
+        lcores: vec![first_cpu()],
+        file_prefix: format!("gpudirect-{}", std::process::id()),
+        huge: false,
+        memory_mib: Some(192),
+        ..EalConfig::default()
+    };
+    Eal::start(&config).unwrap()
+}
+
+/// One test, because a process starts one EAL.
+#[test]
+fn raw_planes_go_straight_into_gpu_memory() {
+    let eal = eal();
+    let (raw, int4) = (Library::new(Codec::Raw.into(), 3), Library::new(Codec::Int4.into(), 4));
+    let fake = Arc::new(FakeDriver::new(2, Pace::Random(7)));
+    with_plane(&eal, "direct", &fake, GpuDirect::On, |bench| {
+        assert_eq!(bench.fake.for_nic(), 1, "there is memory for packets from the start");
+        assert!(bench.stats()["gpudirect"]["refused"].is_null());
+        for page_tokens in [16, 48, 256] {
+            fetch(bench, &raw, (0, page_tokens, false), Way::Direct);
+        }
+        // What the CPU has to look at, or another GPU is to hold, or would take a copy for each head's vector.
+        fetch(bench, &int4, (0, 16, false), Way::Host);
+        fetch(bench, &raw, (1, 16, false), Way::Host);
+        fetch(bench, &raw, (0, 16, true), Way::Host);
+        to_host_memory(bench, &raw);
+        ring(bench, &raw);
+        bad_network(bench, &raw);
+        buffers_stay_until_the_copies_have_ended(bench, &raw);
+        refused_copies(bench, &raw);
+        what_is_no_segment_is_dropped(bench, &raw);
+    })
+    .unwrap();
+    packets_on_the_wrong_queue(&eal, &fake, &raw);
+    a_store_without_checksums(&eal, &fake, &raw);
+    falls_back(&eal, &fake, &raw);
+}
+
+fn to_host_memory(bench: &mut Bench, library: &Library) {
+    let region = bench.client.register(Library::decoded_bytes()).unwrap();
+    let places = library.keys.iter().zip(CHUNK_TOKENS).enumerate().map(|(chunk, (key, tokens))| ChunkPlace {
+        key: key.0,
+        tokens,
+        offset: Library::chunk_offset(chunk) as u64,
+    });
+    let request = FetchRequest {
+        region: &region,
+        shape: SHAPE,
+        layout: Layout::sequence(&SHAPE, u32::try_from(Library::tokens()).unwrap()),
+        out_dtype: SHAPE.dtype,
+        chunks: places.collect(),
+        timeout: Duration::from_secs(20),
+        progress: false,
+    };
+    let fetch = bench.client.fetch(&request).unwrap();
+    let (pulls, report) = bench.follow(library, fetch, &mut |_| (), |_, _| ());
+    assert_eq!(report.outcome, Outcome::Done, "{report:?}");
+    assert!(!pulls.contains(&PORTS[1]));
+}
+
+fn ring(bench: &mut Bench, library: &Library) {
+    let (entry_bytes, entries) = (32 << 10, 3);
+    let bytes = entry_bytes * u64::from(entries);
+    let handle = bench.fake.allocate(0, bytes);
+    let allocation = GpuAllocation { handle: IpcHandle::new(handle), bytes };
+    let (device, element) = (DeviceUuid([1; 16]), ElementType::Bf16);
+    let config = RingConfig { device, allocation, offset: 0, entry_bytes, entries, element };
+    let ring = bench.client.register_ring(&config).unwrap();
+    let request = RingRequest {
+        ring: &ring,
+        shape: SHAPE,
+        chunks: chunks(library),
+        timeout: Duration::from_secs(20),
+        progress: false,
+    };
+    let before = bench.count("planes_direct");
+    let fetch = bench.client.fetch_ring(&request).unwrap();
+    let mut seen = Vec::new();
+    let mut take = |fake: &FakeDriver| {
+        while let Some(entry) = ring.peek().unwrap() {
+            let holds = entry.holds;
+            let plane = &library.planes[holds.chunk as usize][holds.plane as usize];
+            let at = usize::try_from(entry.offset).unwrap();
+            assert!(holds.delivered);
+            assert!(fake.contents(&handle)[at..at + holds.bytes as usize] == **plane);
+            seen.push((holds.chunk, holds.plane));
+            ring.release();
+        }
+    };
+    let (_, report) = bench.follow(library, fetch, &mut |_| (), |fake, _| take(fake));
+    take(&bench.fake);
+    assert_eq!(report.outcome, Outcome::Done, "{report:?}");
+    seen.sort_unstable();
+    let all = (0..3).flat_map(|chunk| (0..SHAPE.planes()).map(move |plane| (chunk, plane)));
+    assert_eq!(seen, all.collect::<Vec<_>>(), "every plane once");
+    bench.settle(library);
+    assert_eq!(bench.count("planes_direct") - before, u64::from(SHAPE.planes()) * 3);
+}
+
+/// Packets are lost, come twice, in another order, or damaged behind their headers.
+fn bad_network(bench: &mut Bench, library: &Library) {
+    let dropped =
+        |bench: &Bench, reason: &str| bench.stats()["counters"]["dropped"][reason].as_u64().unwrap();
+    let (bad, twice) = (dropped(bench, "bad_udp_checksum"), dropped(bench, "duplicate"));
+    for seed in 0..6 {
+        let mut random = Random::new(100 + seed);
+        fetch_pages(bench, library, (0, 16, false), Way::Direct, &mut |packets| {
+            random.shuffle(packets);
+            packets.retain(|_| !random.chance(50));
+            let again: Vec<Packet> = packets
+                .iter()
+                .filter(|_| random.chance(50))
+                .map(|packet| Packet { bytes: packet.bytes.clone(), queue: packet.queue })
+                .collect();
+            packets.extend(again);
+            for packet in packets.iter_mut().filter(|packet| packet.queue == 1) {
+                if random.chance(50) {
+                    let last = packet.bytes.len() - 1;
+                    packet.bytes[last] ^= 1 << random.below(8);
+                }
+            }
+        });
+    }
+    assert!(dropped(bench, "bad_udp_checksum") > bad, "damage was seen, by the NIC");
+    assert!(dropped(bench, "duplicate") > twice);
+    assert_eq!((bench.count("planes_mixed"), bench.count("packets_unverified")), (0, 0));
+}
+
+/// A NIC may write to a buffer again as soon as it is free: not before its plane is where it is to be.
+fn buffers_stay_until_the_copies_have_ended(bench: &mut Bench, library: &Library) {
+    let kv = cache(&bench.fake, 0, 16, false);
+    let cache = bench.client.register_pages(kv.clone()).unwrap();
+    let request = PagesRequest {
+        cache: &cache,
+        shape: SHAPE,
+        table: table(&kv),
+        chunks: chunks(library),
+        timeout: Duration::from_secs(20),
+        progress: false,
+    };
+    bench.fake.set_pace(Pace::ByHand);
+    let (starts, before) = (bench.fake.starts(), bench.count("planes_direct"));
+    let fetch = bench.client.fetch_pages(&request).unwrap();
+    let mut held = None;
+    let all = u64::from(SHAPE.planes()) * 3;
+    let (_, report) = bench.follow(library, fetch, &mut |_| (), |fake, client| {
+        if held.is_some() || fake.starts() == starts {
+            return;
+        }
+        let stats: Value = serde_json::from_str(&client.stats().unwrap()).unwrap();
+        let direct = &stats["gpudirect"];
+        if direct["counters"]["planes_direct"].as_u64().unwrap() - before == all {
+            held = direct["buffers_in_use"].as_u64();
+            assert_eq!(stats["counters"]["planes_delivered"].as_u64().unwrap() % all, 0, "none yet");
+            fake.set_pace(Pace::Random(9));
+        }
+    });
+    assert_eq!(report.outcome, Outcome::Done, "{report:?}");
+    let segment = u64::from(protocol::frame::max_segment_bytes(1500, &"10.98.0.2".parse().unwrap()));
+    let segments = |tokens: &u16| (u64::from(*tokens) * 128).div_ceil(segment) * u64::from(SHAPE.planes());
+    assert_eq!(held, Some(CHUNK_TOKENS.iter().map(segments).sum()), "every segment was kept");
+    assert!(bench.fake.contents(&kv.allocations[0].handle.bytes()) == expected(&kv, library));
+    bench.settle(library);
+}
+
+/// The driver refuses a batch: each plane is tried alone. It refuses more: those planes' chunks are reported, and nothing stays behind.
+fn refused_copies(bench: &mut Bench, library: &Library) {
+    bench.fake.fail(Call::CopyWithin, 1);
+    fetch(bench, library, (0, 16, false), Way::Direct);
+    let kv = cache(&bench.fake, 0, 16, false);
+    let cache = bench.client.register_pages(kv.clone()).unwrap();
+    let request = PagesRequest {
+        cache: &cache,
+        shape: SHAPE,
+        table: table(&kv),
+        chunks: chunks(library),
+        timeout: Duration::from_secs(20),
+        progress: false,
+    };
+    bench.fake.fail(Call::CopyWithin, 1 << 20);
+    let fetch = bench.client.fetch_pages(&request).unwrap();
+    let (_, report) = bench.follow(library, fetch, &mut |_| (), |_, _| ());
+    bench.fake.fail(Call::CopyWithin, 0);
+    assert_eq!(report.outcome, Outcome::Failed, "{report:?}");
+    assert!(report.missing.iter().all(|missing| missing.reason == MissingReason::NotDelivered), "{report:?}");
+    bench.settle(library);
+}
+
+/// What comes to the second queue and is none of a plane's segments does no harm: the CPU cannot read it.
+fn what_is_no_segment_is_dropped(bench: &mut Bench, library: &Library) {
+    let mut random = Random::new(77);
+    let (local, mac) = (bench.store.local, bench.store.plane_mac);
+    fetch_pages(bench, library, (0, 48, false), Way::Direct, &mut |packets| {
+        let mut forged = Vec::new();
+        for packet in packets.iter() {
+            let to = |port| Peer { mac, ip: "10.98.0.2".parse().unwrap(), port };
+            // To the second queue by mistake: answers, headers, segments of a tag that nobody has, noise.
+            if packet.queue == 0 && random.chance(500) {
+                forged.push(Packet { bytes: packet.bytes.clone(), queue: 1 });
+            }
+            if random.chance(100) {
+                let mut payload = packet.bytes[frames::HEADERS..].to_vec();
+                let at = random.below(payload.len().min(32));
+                payload[at] ^= 0x55;
+                forged.push(Packet { bytes: frames::datagram(&local, &to(PORTS[1]), &payload), queue: 1 });
+            }
+            if random.chance(50) {
+                let mut bytes = packet.bytes.clone();
+                bytes.truncate(random.below(bytes.len()));
+                forged.push(Packet { bytes, queue: 1 });
+            }
+        }
+        packets.splice(0..0, forged);
+    });
+}
+
+/// Packets of one plane come to both queues: it is pulled again, and from then on to host memory.
+fn packets_on_the_wrong_queue(eal: &Eal, fake: &Arc<FakeDriver>, library: &Library) {
+    with_plane(eal, "wrong", fake, GpuDirect::On, |bench| {
+        let mut number = 0;
+        fetch_pages(bench, library, (0, 16, false), Way::Either, &mut |packets| {
+            for packet in packets.iter_mut().filter(|packet| packet.queue == 1) {
+                number += 1;
+                packet.queue = usize::from(number % 40 != 7);
+            }
+        });
+        assert!(bench.count("planes_mixed") > 0);
+        fetch(bench, library, (0, 16, false), Way::Host);
+    })
+    .unwrap();
+}
+
+/// A store whose packets nobody vouches for is asked for host memory, where the CRC is checked.
+fn a_store_without_checksums(eal: &Eal, fake: &Arc<FakeDriver>, library: &Library) {
+    with_plane(eal, "absent", fake, GpuDirect::Auto, |bench| {
+        let mut without = |packets: &mut Vec<Packet>| {
+            for packet in packets.iter_mut().filter(|packet| packet.bytes[frames::HEADERS + 5] == 4) {
+                packet.bytes[40..42].fill(0);
+            }
+        };
+        fetch_pages(bench, library, (0, 16, false), Way::Either, &mut without);
+        assert_eq!(bench.count("planes_direct"), 0, "nothing unverified reached a page");
+        assert!(bench.count("packets_unverified") > 0);
+        fetch_pages(bench, library, (0, 256, false), Way::Host, &mut without);
+    })
+    .unwrap();
+}
+
+/// Where it cannot be had, `auto` does without and says why, and `on` does not start.
+fn falls_back(eal: &Eal, fake: &Arc<FakeDriver>, library: &Library) {
+    fake.fail(Call::AllocateForNic, 1);
+    with_plane(eal, "auto", fake, GpuDirect::Auto, |bench| {
+        let stats = bench.stats();
+        let why = stats["gpudirect"]["refused"].as_str().expect("a reason");
+        assert!(why.contains("cuMemAlloc"), "{why}");
+        let kv = cache(&bench.fake, 0, 16, false);
+        let cache = bench.client.register_pages(kv.clone()).unwrap();
+        let request = PagesRequest {
+            cache: &cache,
+            shape: SHAPE,
+            table: table(&kv),
+            chunks: chunks(library),
+            timeout: Duration::from_secs(20),
+            progress: false,
+        };
+        let fetch = bench.client.fetch_pages(&request).unwrap();
+        let (pulls, report) = bench.follow(library, fetch, &mut |_| (), |_, _| ());
+        assert_eq!(report.outcome, Outcome::Done, "{report:?}");
+        assert!(!pulls.contains(&PORTS[1]));
+        assert!(bench.fake.contents(&kv.allocations[0].handle.bytes()) == expected(&kv, library));
+    })
+    .unwrap();
+    fake.fail(Call::AllocateForNic, 1);
+    let refused = with_plane(eal, "on", fake, GpuDirect::On, |_| panic!("it must not start"));
+    let refused = refused.expect_err("it does not start").to_string();
+    assert!(refused.contains("--gpudirect on: ") && refused.contains("cuMemAlloc"), "{refused}");
+}
