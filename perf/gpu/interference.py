@@ -15,6 +15,7 @@ read of 30 GB of K and V, in one CUDA graph. Beside it run, in turn:
 """
 import argparse
 import json
+import os
 import pathlib
 import random
 import statistics
@@ -25,6 +26,7 @@ import threading
 import time
 
 import torch
+from end_to_end import placements
 from lib import BINARY, Cache, cluster, compose, machine, tokens_of
 from on_gpu import OnGpu, encode
 
@@ -97,11 +99,12 @@ def main():
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--batch-chunks", type=int, default=8, help="chunks that the baseline decompresses at once")
     parser.add_argument("--kv-gbytes", type=float, default=30)
-    parser.add_argument("--lcores", default="rx@2-3,dma@4,decode@5-14")
-    parser.add_argument("--store-lcores", default="0+1")
+    parser.add_argument("--cpus", type=int, default=os.cpu_count())
     parser.add_argument("--folder", default="/dev/shm")
     parser.add_argument("--plot")
     options = parser.parse_args()
+    # Two CPUs are for the engine and what feeds it.
+    count, _, store_lcores, lcores = next(placements([12 if options.cpus >= 24 else 10], options.cpus - 2, "zstd"))
     file = compose(options.chunks, options.folder)
     (layers, tokens, heads, dim), _ = tokens_of(file)
     cache = Cache("pages_nhd", layers, 2 * tokens // 16, 16, heads, dim, torch.bfloat16)
@@ -140,11 +143,11 @@ def main():
 
         before = alone()
         duration_ms = int(1000 + options.steps * before["p50_ms"] * 1.3)
-        with cluster(file, options.lcores, options.store_lcores, slots=48, mbufs=32768, window=4096) as running:
+        with cluster(file, lcores, store_lcores, slots=2 * count + 16, mbufs=32768, window=4096) as running:
             ratio = running.ready()["ratio"]
             ours, report = beside(["bench", "pages", "--pages", pages, "--tokens-from", file, "--chunks", 1, "--fetches", 4,
                                    "--duration-ms", duration_ms, "--socket", running.socket], duration_ms / 1000)
-        end_to_end = {"encoded_gbps": report["encoded_gbps"], "delivered_gbps": report["delivered_gbps"], "alone": before,
+        end_to_end = {"lcores": lcores, "encoded_gbps": report["encoded_gbps"], "delivered_gbps": report["delivered_gbps"], "alone": before,
                       "ours": ours, "ours_over_alone_p50": ours["p50_ms"] / before["p50_ms"]}
         encode(file, pathlib.Path(folder) / "chunks")
         baseline = OnGpu(pathlib.Path(folder) / "chunks", options.batch_chunks)

@@ -10,6 +10,7 @@ import pathlib
 import random
 import tempfile
 
+import shadowserve
 import torch
 from lib import ROOT, Cache, cluster, machine, tokens_of
 from safetensors.torch import load_file
@@ -32,6 +33,8 @@ def main():
             checked = running.run("fetch", "--tokens-from", options.file, "--codec", codec, "--verify", "--out", reference,
                                   "--json")
             expected = load_file(reference, device="cuda")
+            client = shadowserve.Client(running.socket, codec=codec)
+            prefix = client.lookup(load_file(options.file)["tokens"].tolist())
             cases = [(order, size, DTYPES[dtype], 1.0) for order in Cache.ORDERS for size in (16, 48, 256)]
             if codec != "raw":
                 cases.append(("pages_hnd", 16, torch.float8_e4m3fn, 0.25))
@@ -40,15 +43,13 @@ def main():
                 used = -(-tokens // page_tokens)
                 cache = Cache(order, layers, 2 * used + 3, page_tokens, heads, dim, element, scale)
                 table = random.Random(7).sample(range(cache.pages), used)
-                pages = pathlib.Path(folder) / "pages.json"
-                pages.write_text(json.dumps({"kv": cache.describe(), "table": table}))
                 torch.cuda.synchronize()
-                report = running.run("bench", "pages", "--pages", pages, "--tokens-from", options.file, "--codec", codec)
+                report = client.fetch_pages(prefix, client.register_pages(cache.description()), table, timeout=20).wait()
                 k, v = cache.gather(table, tokens)
-                equal = compare(k, expected["k"], scale) and compare(v, expected["v"], scale)
+                equal = bool(report) and compare(k, expected["k"], scale) and compare(v, expected["v"], scale)
                 others = untouched(cache, table, tokens)
                 results.append({"codec": codec, "order": order, "page_tokens": page_tokens, "element": str(element),
-                                "planes": report["planes"], "equal": equal, "others_untouched": others})
+                                "fetched": repr(report), "equal": equal, "others_untouched": others})
                 del cache, k, v
     ok = all(result["equal"] and result["others_untouched"] for result in results)
     print(json.dumps({"machine": machine(), "host_reference": checked.get("verified"), "ok": ok, "cases": results}))

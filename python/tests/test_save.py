@@ -1,10 +1,16 @@
 """Saving from Python, against a real store and data plane: what is saved is what another client finds."""
 
 import re
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT, SAMPLE
 
 import shadowserve
+
+EXAMPLE = ROOT / "python/examples/save_and_fetch.py"
+
 
 @pytest.fixture
 def saving(tmp_path, new_cluster):
@@ -146,3 +152,15 @@ def test_what_cannot_be_placed_is_refused_with_the_reason(cluster, kv):
     k, v = numpy.arange(8, dtype=numpy.uint16).reshape(good.shape), numpy.arange(8, 16, dtype=numpy.uint16).reshape(good.shape)
     assert shadowserve.place(region, k, v) == (1, 1, 4)
     assert region.read(0, 32) == numpy.arange(16, dtype="<u2").tobytes()
+
+
+def test_the_example_saves_and_fetches(saving):
+    pytest.importorskip("numpy", reason="NumPy is not installed")
+    command = [sys.executable, str(EXAMPLE), "--input", str(SAMPLE), "--socket", str(saving.socket)]
+    exact = subprocess.run([*command, "--codec", "lossless"], capture_output=True, text=True, timeout=60)
+    assert exact.returncode == 0, exact.stderr
+    assert "3 chunks stored" in exact.stdout and "640 tokens came back bit for bit" in exact.stdout
+    again = subprocess.run([*command, "--codec", "lossless"], capture_output=True, text=True, timeout=60)
+    assert again.stdout == "640 tokens came back bit for bit\n"
+    rounded = subprocess.run([*command, "--codec", "int8"], capture_output=True, text=True, timeout=60)
+    assert rounded.returncode == 0 and "relative error of K 0.00" in rounded.stdout, rounded.stderr
