@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--decode", default="1,2,4,8,12")
     parser.add_argument("--compression", default="zstd,none")
-    parser.add_argument("--cpus", type=int, default=os.cpu_count())
+    parser.add_argument("--cpus", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", default="/dev/shm")
     options = parser.parse_args()
     file = compose(options.chunks, options.folder)

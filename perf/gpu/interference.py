@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--batch-chunks", type=int, default=8, help="chunks that the baseline decompresses at once")
     parser.add_argument("--kv-gbytes", type=float, default=30)
-    parser.add_argument("--cpus", type=int, default=os.cpu_count())
+    parser.add_argument("--cpus", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", default="/dev/shm")
     parser.add_argument("--plot")
     options = parser.parse_args()
