@@ -4,8 +4,9 @@
 mod fake;
 
 use client::{
-    DeviceUuid, ElementType, FetchError, GpuAllocation, IpcHandle, LayerBase, Outcome, PageStrides, PagedKv,
-    PagesRequest, PlaneBase, Prefix, RegisterError, RequestError, RingConfig, RingRequest,
+    Codec, CommandError, DeviceUuid, ElementType, FetchError, GpuAllocation, IpcHandle, LayerBase, Outcome,
+    PageStrides, PagedKv, PagesRequest, PlaneBase, Prefix, RegisterError, RequestError, RingConfig,
+    RingRequest, SaveCodec, SaveError, SavePagesRequest,
 };
 use fake::{FakeDataPlane, GPU, SHAPE, WAIT, tokens, until};
 
@@ -58,6 +59,41 @@ fn a_prefix_goes_to_the_pages_of_its_table() {
     let places = |index: usize| asked[index].1.iter().map(|c| (c.offset, c.tokens)).collect::<Vec<_>>();
     assert_eq!(places(0), [(0, 256), (256, 256), (512, 88)]);
     assert_eq!(places(1), [(512, 88)]);
+}
+
+#[test]
+fn pages_are_saved_chunk_by_chunk_and_what_cannot_be_is_refused_before_it_leaves() {
+    let fake = FakeDataPlane::start();
+    let client = fake.connect();
+    let bf16 = client.register_pages(cache(GPU)).unwrap();
+    let (keys, table) = (client.keys(&tokens(600)), vec![5; 38]);
+    let request = |cache, table| SavePagesRequest::sequence(cache, Codec::Int4, &keys, 600, table);
+    let mut saved = request(&bf16, table.clone()).unwrap();
+    let places: Vec<_> = saved.chunks.iter().map(|chunk| (chunk.offset, chunk.tokens)).collect();
+    assert_eq!(places, [(0, 256), (256, 256), (512, 88)]);
+    assert_eq!((saved.shape, &saved.table), (SHAPE, &table));
+    let report = client.save_pages(&saved).unwrap().finish().unwrap();
+    assert_eq!((report.outcome, report.stored), (Outcome::Done, 3));
+    assert!(client.lookup(&tokens(600), WAIT).unwrap().is_whole());
+
+    let none = SavePagesRequest::sequence(&bf16, Codec::Int4, &[], 0, table.clone()).unwrap_err();
+    assert_eq!(none, RequestError::NoTokens);
+    let short = request(&bf16, vec![5; 37]).unwrap_err();
+    assert_eq!(short, RequestError::Table { pages: 37, tokens: 600 });
+    let more = SavePagesRequest::sequence(&bf16, Codec::Int4, &keys, 769, vec![5; 49]).unwrap_err();
+    assert_eq!(more, RequestError::TooMany { chunks: 3 });
+    let fp8 = PagedKv { element: ElementType::Fp8E4m3, ..cache(GPU) };
+    let fp8 = client.register_pages(fp8).unwrap();
+    assert_eq!(
+        request(&fp8, table.clone()).unwrap_err(),
+        RequestError::Element { element: ElementType::Fp8E4m3 }
+    );
+    // A profile that is longer than any can be, and a page that there is not.
+    saved.codec = SaveCodec::Profile { id: "profile-00".into(), text: " ".repeat((64 << 10) + 1) };
+    let error = client.save_pages(&saved).unwrap_err();
+    assert!(matches!(error, SaveError::Invalid(CommandError::Profile { bytes: 65_537 })), "{error}");
+    let wrong = request(&bf16, vec![100; 38]).unwrap();
+    assert!(matches!(client.save_pages(&wrong), Err(SaveError::Invalid(_))));
 }
 
 #[test]
