@@ -3,7 +3,7 @@
 mod cluster;
 
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use client::{Client, Codec as ClientCodec, NotSavedReason, Outcome, Region, SaveReport, SaveRequest};
@@ -11,7 +11,7 @@ use compress::{Codec, Side};
 use serde_json::Value;
 use store::kv_file::KvFile;
 
-use cluster::{Cluster, PATIENCE, sample, sample_tokens, stats, wait_until, write_kv};
+use cluster::{Cluster, PATIENCE, PROGRAM, sample, sample_tokens, stats, wait_until, write_kv};
 
 fn json(output: &Output) -> Value {
     let text = String::from_utf8_lossy(&output.stdout);
@@ -53,6 +53,42 @@ fn what_is_saved_is_what_another_client_fetches() {
         assert_eq!((sum(&counted, "stored"), sum(&counted, "already_stored")), (3, 3), "{counted}");
         assert_eq!(counted["chunks"]["held"], 3);
     }
+}
+
+#[test]
+fn a_profile_says_how_what_is_saved_is_encoded() {
+    let mut cluster = Cluster::new(Codec::Int4, &[]);
+    cluster.start_any_store("0", &["--memory-mib", "16"]);
+    cluster.wait_for_store(&cluster.client(), &sample_tokens());
+    let (profile, other) = (cluster.path("profile.toml"), cluster.path("other.toml"));
+    let text = "# K of the first layer as it is.\nlayers = 4\nkv_heads = 3\nhead_dim = 64\n[k]\n0 = \"raw\"\n\
+                \"1-3\" = \"int5\"\n[v]\n\"0-3\" = \"cachegen:32@0.5\"\n";
+    std::fs::write(&profile, text).unwrap();
+    std::fs::write(&other, text.replace("head_dim = 64", "head_dim = 128")).unwrap();
+    let (sample, socket) = (sample(), cluster.socket());
+    let run = |command: &str, file: &str, profile: &Path, flags: &[&str]| {
+        let mut program = Command::new(PROGRAM);
+        program
+            .arg(command)
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--profile")
+            .arg(profile)
+            .arg(file)
+            .arg(&sample);
+        program.arg("--json").args(flags).output().unwrap()
+    };
+    let report = json(&run("save", "--input", &profile, &[]));
+    assert_eq!((&report["outcome"], &report["stored"]), (&"done".into(), &3.into()), "{report}");
+    // Each plane is what the reference makes of it with the profile's codec.
+    let report = json(&run("fetch", "--tokens-from", &profile, &["--verify"]));
+    assert_eq!((&report["verified"], &report["chunks"]), (&true.into(), &3.into()), "{report}");
+    // Under another name they are not found, and a profile for another model is refused.
+    assert!(!cluster.fetch(&["--tokens-from", &sample.to_string_lossy(), "--json"]).status.success());
+    let refused = run("save", "--input", &other, &[]);
+    assert!(
+        String::from_utf8_lossy(&refused.stderr).contains("the profile is for 4 layers with 3 heads of 128")
+    );
 }
 
 /// A client that saves one sequence again and again under other names: each time with other tokens.
