@@ -116,8 +116,9 @@ impl Bench {
             rx_descriptors: 1024,
             tx_descriptors: 1024,
             mbufs: 8192,
+            rss: None,
         };
-        let mut opened = iface::open(eal, &config, None, &[])?;
+        let mut opened = iface::open(eal, &config, &[], &[])?;
         let link = opened.links.swap_remove(0);
         if !link.sends_chains() {
             bail!("{} sends no packets of several buffers: nothing to compare", opened.port.driver());

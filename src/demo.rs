@@ -385,6 +385,7 @@ impl OneProcess {
                 rx_descriptors: 1024,
                 tx_descriptors: 1024,
                 mbufs: IN_PROCESS_MBUFS,
+                rss: None,
             })
         };
         let idle_sleep = Duration::from_micros(20);

@@ -59,6 +59,7 @@ impl PortFlags {
             rx_descriptors: self.rx_descriptors,
             tx_descriptors: self.tx_descriptors,
             mbufs: self.mbufs,
+            rss: None,
         })
     }
 }

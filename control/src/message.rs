@@ -253,7 +253,7 @@ impl std::fmt::Display for MissingReason {
         f.write_str(match self {
             Self::NotStored => "not stored",
             Self::Deadline => "deadline passed",
-            Self::StoreUnreachable => "no store answers",
+            Self::StoreUnreachable => "no store can be reached: see that one runs where --store says",
             Self::Corrupt => "checksum failed",
             Self::Undecodable => "cannot be decoded",
             Self::ShapeMismatch => "stored with another shape",
@@ -303,7 +303,7 @@ impl std::fmt::Display for NotSavedReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Deadline => "deadline passed",
-            Self::StoreUnreachable => "no store answers",
+            Self::StoreUnreachable => "no store can be reached: see that one runs where --store says",
             Self::StoreBusy => "the store was busy until the deadline",
             Self::StoreFull => "the store is full of chunks that are pinned",
             Self::StoreClosed => "the store takes no chunks: start it with --memory-mib",

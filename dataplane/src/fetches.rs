@@ -452,6 +452,12 @@ impl Fetches {
             Some(LookupAnswer { outcome: LookupOutcome::Cancelled, .. }) => {
                 Completion::LookupFailed { id, message: "the lookup was cancelled".into() }
             }
+            Some(LookupAnswer { outcome: LookupOutcome::Unreachable, .. }) => Completion::LookupFailed {
+                id,
+                message: "no store can be reached, the network says (ICMP): see that one runs, and that --store names its \
+                          address and port"
+                    .into(),
+            },
             Some(LookupAnswer { outcome: LookupOutcome::Deadline, .. }) | None => Completion::LookupFailed {
                 id,
                 message: "the store did not answer in time: see that it runs, that --store names it, and that the link \

@@ -375,6 +375,7 @@ pub(crate) fn missing_reason(failure: ChunkFailure) -> MissingReason {
     match failure {
         ChunkFailure::NotStored => MissingReason::NotStored,
         ChunkFailure::Deadline => MissingReason::Deadline,
+        ChunkFailure::Unreachable => MissingReason::StoreUnreachable,
         ChunkFailure::Corrupt => MissingReason::Corrupt,
         ChunkFailure::ShapeMismatch | ChunkFailure::Rejected(REJECTED_SHAPE) => MissingReason::ShapeMismatch,
         ChunkFailure::Rejected(REJECTED_BY_SINK) => MissingReason::NotDelivered,

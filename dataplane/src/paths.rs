@@ -3,12 +3,10 @@
 use protocol::path_mtu::PathMtu;
 use protocol::reason::DropReason;
 use protocol::time::Instant;
-use protocol::wire::icmp::{Cause, PathError};
 use protocol::wire::message::{DATA_HEADER_BYTES, Message, MessageType};
 use protocol::{FetchEngine, StoreIndex};
 
 use crate::chunk_layout::EncodedChunks;
-use crate::rx::StoreAddress;
 
 /// The searches of one queue: by its UDP port, packets may take another way than those of others.
 pub(crate) struct Paths {
@@ -96,12 +94,10 @@ impl Paths {
         Ok(())
     }
 
-    /// Takes in what a router says of a packet of ours; it is a hint.
+    /// Takes in that a packet to a store was larger than a link of `mtu_bytes` carries, as a router says; it is a hint.
     #[cold]
-    pub(crate) fn handle_error(&mut self, now: Instant, stores: &[StoreAddress], error: &PathError) {
-        let Cause::TooBig { mtu_bytes } = error.cause else { return };
-        let is_its = |store: &StoreAddress| (store.ip, store.port) == error.to;
-        for (search, _) in self.searches.iter_mut().zip(stores).filter(|(_, store)| is_its(store)) {
+    pub(crate) fn handle_too_big(&mut self, now: Instant, store: StoreIndex, mtu_bytes: u32) {
+        if let Some(search) = self.searches.get_mut(usize::from(store.0)) {
             search.handle_hint(now, mtu_bytes.saturating_sub(self.header_bytes));
         }
         self.look_ahead();

@@ -283,11 +283,11 @@ impl Pipeline {
     ) -> Result<(Self, Fetches, Saves), BuildError> {
         let budget = Budget::new(config)?;
         let (stores, hops) = stores_of(config)?;
-        // The device steers what the first store sends; of what others send, a part is passed on between queues.
-        let peer = stores.first().map(|store| (store.ip, store.port));
+        let peers: Vec<_> = stores.iter().map(|store| (store.ip, store.port)).collect();
         let prepared = direct::prepare(eal, config, gpus)?;
         let usable = prepared.as_ref().ok().and_then(Option::as_ref);
-        let opened = iface::open_direct(eal, &config.iface, peer, &hops, usable.map(|usable| &usable.port))?;
+        let opened =
+            iface::open_direct(eal, &config.iface, &peers, &hops, usable.map(|usable| &usable.port))?;
         let direct = direct_state(config, &prepared, opened.direct_refused.as_deref())?;
 
         let jobs = u32::from(budget.active_planes) * u32::from(budget.queues);

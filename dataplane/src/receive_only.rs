@@ -71,7 +71,7 @@ pub fn receive_only(
 ) -> Result<Value, BuildError> {
     let budget = Budget::new(config)?;
     let (stores, hops) = stores_of(config)?;
-    let mut opened = iface::open(eal, &config.iface, None, &hops)?;
+    let mut opened = iface::open(eal, &config.iface, &[], &hops)?;
     let rings = Rings::new(eal, &budget, config, u32::from(budget.active_planes))?;
     let limits = FetchLimits {
         fetches: usize::from(config.max_fetches),

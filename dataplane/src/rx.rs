@@ -1,5 +1,6 @@
 //! The receive stage: one queue's packets, its protocol engine, and the planes that it has under way.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use compress::ChunkView;
@@ -11,6 +12,7 @@ use protocol::frame::Peer;
 use protocol::put::OfferTo;
 use protocol::reason::DropReason;
 use protocol::time::Instant;
+use protocol::wire::icmp::{Cause, PathError};
 use protocol::{
     Accepted, Event, FetchEngine, FetchId, FetchOutcome, LookupId, Sources, StoreIndex, TransferId, Verdict,
 };
@@ -29,11 +31,11 @@ use crate::save::offers::Offers;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StoreAddress {
     /// Its address and port; the MAC address is that of the next hop.
-    pub(crate) ip: std::net::IpAddr,
+    pub(crate) ip: IpAddr,
     /// Its UDP port.
     pub(crate) port: u16,
     /// Whom packets for it go to: itself or a gateway.
-    pub(crate) next_hop: std::net::IpAddr,
+    pub(crate) next_hop: IpAddr,
 }
 
 /// Exact counts of the planes of one queue:
@@ -136,9 +138,7 @@ impl Stage for RxStage {
         work += self.take_events(now_ns);
         work += self.offers.poll(now);
         self.link.poll_neighbours(now_ns);
-        while let Some(error) = self.link.take_path_error() {
-            self.paths.handle_error(now, &self.stores, &error);
-        }
+        self.take_path_errors(now);
         work + self.transmit(now)
     }
 }
@@ -148,10 +148,10 @@ impl RxStage {
         let Self { queue, ports, stores, link, engine, paths, rings, planes, counters, offers, .. } = self;
         let link_counters: Arc<LinkCounters> = Arc::clone(link.counters());
         link.receive(now_ns, |datagram| {
-            let Some(store) = store_of(stores, &datagram.from) else {
+            let Some(store) = store_of(stores, (datagram.from.ip, datagram.from.port)) else {
                 return link_counters.dropped.add(DropReason::UnknownPeer);
             };
-            let result = match ports.queue(datagram.to_port) {
+            let result = match ports.queue(usize::from(store.0), datagram.to_port) {
                 Some(owner) if owner == *queue && Paths::is_reply(datagram.mbuf.data()) => {
                     let now = Instant::from_nanos(now_ns);
                     let answered = paths.handle(now, engine, store, datagram.mbuf.data());
@@ -167,8 +167,9 @@ impl RxStage {
                 }
                 Some(owner) => {
                     counters.misdirected.add(1);
-                    let from = (store, datagram.marked);
-                    pass_on(&rings.strays_of[usize::from(owner)], from, datagram.mbuf)
+                    let what = Stray::From(store, datagram.marked);
+                    pass_on(&rings.strays_of[usize::from(owner)], what, datagram.mbuf)
+                        .map_err(|()| DropReason::QueueFull)
                 }
                 None => Err(DropReason::ForeignPort),
             };
@@ -184,9 +185,9 @@ impl RxStage {
         let link_counters: Arc<LinkCounters> = Arc::clone(link.counters());
         link.receive_direct(now_ns, |datagram| {
             let (from, to_port) = (datagram.from, datagram.to_port);
-            let result = match store_of(stores, &from) {
+            let result = match store_of(stores, (from.ip, from.port)) {
                 None => Err(DropReason::UnknownPeer),
-                Some(_) if ports.queue(to_port) != Some(*queue) => {
+                Some(store) if ports.queue(usize::from(store.0), to_port) != Some(*queue) => {
                     counters.misdirected.add(1);
                     Err(DropReason::ForeignPort)
                 }
@@ -202,24 +203,65 @@ impl RxStage {
         })
     }
 
+    /// Errors about packets of ours; one about a packet of another queue goes there.
+    fn take_path_errors(&mut self, now: Instant) {
+        while let Some((error, frame)) = self.link.take_path_error() {
+            let Some(store) = store_of(&self.stores, error.to) else { continue };
+            match self.ports.queue(usize::from(store.0), error.from.1) {
+                Some(owner) if owner == self.queue => self.take_path_error(now, store, &error),
+                // A hint that finds no room is not missed.
+                Some(owner) => drop(pass_on(&self.rings.strays_of[usize::from(owner)], Stray::Error, frame)),
+                None => {}
+            }
+        }
+    }
+
+    #[cold]
+    fn take_path_error(&mut self, now: Instant, store: StoreIndex, error: &PathError) {
+        match error.cause {
+            Cause::TooBig { mtu_bytes } => self.paths.handle_too_big(now, store, mtu_bytes),
+            Cause::PortUnreachable | Cause::Unreachable => {
+                let quote = error.quote.bytes();
+                if !self.offers.handle_unreachable(store, quote) {
+                    self.engine.handle_unreachable(now, store, quote);
+                }
+            }
+        }
+    }
+
     fn take_strays(&mut self, now: Instant) -> usize {
         let mut taken = 0;
         while taken < BURST
             && let Some(mut mbuf) = self.rings.strays.dequeue()
         {
             taken += 1;
-            let Some(&[low, high, marked]) = mbuf.data().first_chunk() else { continue };
-            mbuf.trim_front(3);
-            let from = (StoreIndex(u16::from_le_bytes([low, high])), marked != 0);
-            let peer = self.stores.get(usize::from(from.0.0)).and_then(|store| {
+            let Some(front) = mbuf.data().first_chunk().copied() else { continue };
+            mbuf.trim_front(front.len());
+            let (store, marked) = match Stray::of(front) {
+                Stray::From(store, marked) => (store, marked),
+                Stray::Error => {
+                    if let Some(error) = self.link.read_path_error(mbuf.data())
+                        && let Some(store) = store_of(&self.stores, error.to)
+                    {
+                        self.take_path_error(now, store, &error);
+                    }
+                    continue;
+                }
+            };
+            let peer = self.stores.get(usize::from(store.0)).and_then(|store| {
                 let mac = self.link.neighbour(store.next_hop)?;
                 Some(Peer { mac, ip: store.ip, port: store.port })
             });
+            let Self { engine, paths, planes, offers, counters, .. } = &mut *self;
             let result = match peer {
-                Some(peer) if self.offers.takes(mbuf.data()) => {
-                    take_offer(&mut self.offers, &self.counters, now, (from.0, peer), mbuf.data())
+                _ if Paths::is_reply(mbuf.data()) => {
+                    let answered = paths.handle(now, engine, store, mbuf.data());
+                    answered.inspect(|()| counters.control_accepted.add(1))
                 }
-                _ => self.planes.take_datagram(&mut self.engine, &self.counters, now.nanos(), from, mbuf),
+                Some(peer) if offers.takes(mbuf.data()) => {
+                    take_offer(offers, counters, now, (store, peer), mbuf.data())
+                }
+                _ => planes.take_datagram(engine, counters, now.nanos(), (store, marked), mbuf),
             };
             if let Err(reason) = result {
                 self.link.counters().dropped.add(reason);
@@ -410,19 +452,19 @@ impl RxStage {
         let mut sent = 0;
         // Nothing is asked for before somebody can be reached; what is for others is as good as lost until then.
         if macs.iter().any(Option::is_some) {
-            let from_port = ports.port(*queue);
+            let from_port = |store: StoreIndex| ports.port(usize::from(store.0), *queue);
             let mut write = |buffer: &mut [u8]| {
                 while paths.is_due(now)
                     && let Some((store, bytes)) = paths.poll_transmit(now, engine, buffer)
                 {
                     if let Some(to) = address(stores, macs, store) {
-                        return Some(outgoing(from_port, to, bytes, false));
+                        return Some(outgoing(from_port(store), to, bytes, false));
                     }
                 }
                 // Fetches go first; what is saved goes with what the link has left.
                 while let Some(transmit) = engine.poll_transmit(now, buffer) {
                     if let Some(to) = address(stores, macs, transmit.store) {
-                        let from_port = match direct {
+                        let port = match direct {
                             Some(direct)
                                 if direct.wants(
                                     engine,
@@ -434,19 +476,19 @@ impl RxStage {
                             {
                                 direct.port
                             }
-                            _ => from_port,
+                            _ => from_port(transmit.store),
                         };
-                        return Some(outgoing(from_port, to, transmit.len, false));
+                        return Some(outgoing(port, to, transmit.len, false));
                     }
                 }
                 loop {
                     let sent = offers.poll_transmit(now, buffer)?;
-                    let to = match sent.to {
-                        OfferTo::Store(store) => address(stores, macs, store),
-                        OfferTo::Peer(peer) => Some(peer),
+                    let (store, to) = match sent.to {
+                        OfferTo::Store(store) => (Some(store), address(stores, macs, store)),
+                        OfferTo::Peer(peer) => (store_of(stores, (peer.ip, peer.port)), Some(peer)),
                     };
-                    if let Some(to) = to {
-                        return Some(outgoing(from_port, to, sent.bytes, sent.is_data));
+                    if let (Some(store), Some(to)) = (store, to) {
+                        return Some(outgoing(from_port(store), to, sent.bytes, sent.is_data));
                     }
                 }
             };
@@ -547,19 +589,41 @@ fn take_offer(
     Ok(())
 }
 
-fn store_of(stores: &[StoreAddress], from: &Peer) -> Option<StoreIndex> {
-    let index = stores.iter().position(|store| store.ip == from.ip && store.port == from.port)?;
+fn store_of(stores: &[StoreAddress], from: (IpAddr, u16)) -> Option<StoreIndex> {
+    let index = stores.iter().position(|store| (store.ip, store.port) == from)?;
     u16::try_from(index).ok().map(StoreIndex)
 }
 
-/// Passes a packet on to the queue it is for, the store's number and whether it was marked in front of it.
-fn pass_on(
-    strays: &Ring<Mbuf>,
-    (store, marked): (StoreIndex, bool),
-    mut mbuf: Mbuf,
-) -> Result<(), DropReason> {
-    let front = mbuf.prepend(3).ok_or(DropReason::QueueFull)?;
-    let [low, high] = store.0.to_le_bytes();
-    front.copy_from_slice(&[low, high, u8::from(marked)]);
-    strays.enqueue(mbuf).map_err(|_| DropReason::QueueFull)
+/// What a packet is that another queue has received.
+enum Stray {
+    /// A payload from a store, and whether it was marked.
+    From(StoreIndex, bool),
+    /// The frame of an ICMP error.
+    Error,
+}
+
+impl Stray {
+    const ERROR: u8 = 2;
+
+    fn front(self) -> [u8; 3] {
+        let (store, kind) = match self {
+            Self::From(store, marked) => (store.0, u8::from(marked)),
+            Self::Error => (0, Self::ERROR),
+        };
+        let [low, high] = store.to_le_bytes();
+        [low, high, kind]
+    }
+
+    fn of([low, high, kind]: [u8; 3]) -> Self {
+        match kind {
+            Self::ERROR => Self::Error,
+            marked => Self::From(StoreIndex(u16::from_le_bytes([low, high])), marked != 0),
+        }
+    }
+}
+
+/// Passes a packet on to the queue it is for, with what it is in front of it.
+fn pass_on(strays: &Ring<Mbuf>, what: Stray, mut mbuf: Mbuf) -> Result<(), ()> {
+    mbuf.prepend(3).ok_or(())?.copy_from_slice(&what.front());
+    strays.enqueue(mbuf).map_err(|_| ())
 }

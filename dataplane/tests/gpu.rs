@@ -34,6 +34,7 @@ fn quiet(library: &Library) -> Round<'_> {
         timeout: Duration::from_secs(20),
         cancel_after: None,
         restart_after: None,
+        unreachable_after: None,
     }
 }
 

@@ -148,6 +148,7 @@ fn config(device: String, socket: PathBuf, gpu: GpuConfig) -> dataplane::Config 
             rx_descriptors: 512,
             tx_descriptors: 512,
             mbufs: 4096,
+            rss: None,
         },
         placement: format!("rx@{cpu},decode@{cpu},dma@{cpu}").parse().unwrap(),
         stores: vec![format!("10.98.0.1:{STORE_PORT}").parse().unwrap()],

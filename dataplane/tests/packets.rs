@@ -33,9 +33,10 @@ fn round<'a>(name: &'a str, seed: u64, library: &'a Library) -> Round<'a> {
         twist: None,
         missing: &[],
         cut: 0,
-        timeout: Duration::from_secs(20),
+        timeout: lab::PATIENCE,
         cancel_after: None,
         restart_after: None,
+        unreachable_after: None,
     }
 }
 
@@ -51,7 +52,7 @@ fn hostile_packets_are_counted_and_change_nothing() {
         .collect();
     let mut lab = Lab::start();
     type Part = fn(&mut Lab, &[Library]);
-    let parts: [(&str, Part); 9] = [
+    let parts: [(&str, Part); 10] = [
         ("undisturbed", undisturbed),
         ("cut", cut_at_every_length),
         ("lies of the lookup", lies_of_the_lookup),
@@ -60,6 +61,7 @@ fn hostile_packets_are_counted_and_change_nothing() {
         ("errors", persistent_errors),
         ("ends", silence_and_cancelling),
         ("restarts", restarts),
+        ("unreachable", unreachable),
         ("random", random_mischief),
     ];
     for (name, part) in parts {
@@ -236,6 +238,23 @@ fn restarts(lab: &mut Lab, libraries: &[Library]) {
         let restart_after = Some(random.below(60) as u64);
         lab.round(Round { restart_after, ..round("the store restarts", seed, random.pick(libraries)) });
     }
+}
+
+/// ICMP errors say that there is no store, or no way to it: the fetch fails for that reason, and does not wait for its deadline. The next finds
+/// the store again.
+fn unreachable(lab: &mut Lab, libraries: &[Library]) {
+    let reasons: &[MissingReason] = &[StoreUnreachable];
+    let missing = [(0, reasons), (1, reasons), (2, reasons)];
+    // Host, port, and forbidden by a router; from the first LOOKUP on, and when headers are pulled.
+    for (seed, (code, after)) in (800..).zip([(1, 0), (3, 0), (13, 0), (1, 1), (3, 1), (3, 4)]) {
+        let unreachable_after = Some((after, code));
+        let round =
+            Round { unreachable_after, missing: &missing, ..round("unreachable", seed, &libraries[3]) };
+        lab.round(round);
+        // Longer than the store counts as gone.
+        std::thread::sleep(Duration::from_millis(1100));
+    }
+    lab.round(round("reachable again", 810, &libraries[3]));
 }
 
 fn random_mischief(lab: &mut Lab, libraries: &[Library]) {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use dpdk::Rss;
+
 /// An address and the length of its network's prefix, as in `10.0.0.2/24`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IpPrefix {
@@ -79,6 +81,8 @@ pub struct IfaceConfig {
     pub tx_descriptors: u16,
     /// Packet buffers per queue.
     pub mbufs: u32,
+    /// How the device spreads packets over its queues, if that is known and the device does not tell.
+    pub rss: Option<Rss>,
 }
 
 #[cfg(test)]

@@ -198,7 +198,7 @@ impl Link {
         };
         let parsed = frame::parse_chain(mbuf.data(), std::iter::empty(), total_bytes, &self.local, checks)?;
         let Incoming::Datagram { from, to_port, marked, payload } = parsed else {
-            self.take_note(now, &parsed);
+            self.take_note(now, &parsed, mbuf);
             return Ok(None);
         };
         let has_checksum = mbuf.data()[payload.start - 2..payload.start] != [0, 0];

@@ -191,8 +191,8 @@ pub struct Link {
     refill: usize,
     neighbours: Neighbours,
     macs: Arc<MacTable>,
-    /// Errors that nobody has asked for yet; more are forgotten, they are hints.
-    path_errors: [Option<PathError>; 8],
+    /// Errors that nobody has asked for yet, with their frames; more are forgotten, they are hints.
+    path_errors: [Option<(PathError, Mbuf)>; 8],
     pub(crate) counters: Arc<LinkCounters>,
 }
 
@@ -213,7 +213,7 @@ pub struct Opened {
     pub links: Vec<Link>,
     /// Each queue's packet buffers.
     pub pools: Vec<Pool>,
-    /// Each queue's UDP port.
+    /// Each queue's UDP ports.
     pub ports: PortMap,
     /// What is known of the next hops.
     pub macs: Arc<MacTable>,
@@ -248,7 +248,7 @@ const NEIGHBOURS: NeighbourConfig =
 /// Numbers the pools of the process: their names must differ, and DPDK's are too short for a device's.
 static NEXT_POOL: AtomicU32 = AtomicU32::new(0);
 
-/// Opens the port of `config` and starts it. `peer` is whom the queues will talk to, if that is known, and serves to
+/// Opens the port of `config` and starts it. `stores` are whom the queues will ask, if they will, and serve to
 /// choose UDP ports that the device steers to the right queue; `next_hops` are the addresses to resolve by ARP
 /// or neighbour discovery.
 ///
@@ -257,10 +257,10 @@ static NEXT_POOL: AtomicU32 = AtomicU32::new(0);
 pub fn open(
     eal: &Eal,
     config: &IfaceConfig,
-    peer: Option<(IpAddr, u16)>,
+    stores: &[(IpAddr, u16)],
     next_hops: &[NextHop],
 ) -> Result<Opened, OpenError> {
-    open_direct(eal, config, peer, next_hops, None)
+    open_direct(eal, config, stores, next_hops, None)
 }
 
 /// The same, and each queue has a second half that receives into device memory, if there is some.
@@ -270,7 +270,7 @@ pub fn open(
 pub fn open_direct(
     eal: &Eal,
     config: &IfaceConfig,
-    peer: Option<(IpAddr, u16)>,
+    stores: &[(IpAddr, u16)],
     next_hops: &[NextHop],
     direct: Option<&Direct>,
 ) -> Result<Opened, OpenError> {
@@ -296,10 +296,8 @@ pub fn open_direct(
         Port::open_split(eal, &config.device, &port_config, &pools, &split)?;
 
     let ip = config.address.ip;
-    let ports = match (port.rss(), peer) {
-        (Some(rss), Some((peer_ip, peer_port))) if config.queues > 1 => {
-            PortMap::steered(config.udp_port, config.queues, &rss, peer_ip, peer_port, ip)
-        }
+    let ports = match config.rss.clone().or_else(|| port.rss()) {
+        Some(rss) if config.queues > 1 => PortMap::steered(config.udp_port, config.queues, &rss, stores, ip),
         _ => PortMap::consecutive(config.udp_port, config.queues),
     };
     let ports = if direct.is_some() { ports.with_direct_ports() } else { ports };
@@ -344,7 +342,7 @@ pub fn open_direct(
             refill: 1,
             neighbours,
             macs: Arc::clone(&macs),
-            path_errors: [None; 8],
+            path_errors: Default::default(),
             counters: Arc::default(),
         });
     }
@@ -419,7 +417,7 @@ impl Link {
                 Ok(Some(Datagram { from, to_port, marked, mbuf }))
             }
             other => {
-                self.take_note(now, &other);
+                self.take_note(now, &other, mbuf);
                 Ok(None)
             }
         }
@@ -427,7 +425,7 @@ impl Link {
 
     /// Of a neighbour, or of an error about a packet of ours.
     #[cold]
-    pub(crate) fn take_note(&mut self, now: Instant, incoming: &Incoming) {
+    pub(crate) fn take_note(&mut self, now: Instant, incoming: &Incoming, frame: Mbuf) {
         self.neighbours.handle(now, incoming);
         match *incoming {
             Incoming::NeighbourRequest { sender_mac, sender_ip } => {
@@ -443,18 +441,29 @@ impl Link {
             Incoming::PathError(error) => {
                 self.counters.rx_icmp.add(1);
                 if let Some(free) = self.path_errors.iter_mut().find(|error| error.is_none()) {
-                    *free = Some(error);
+                    *free = Some((error, frame));
                 }
             }
             Incoming::Datagram { .. } => {}
         }
     }
 
-    /// An error about a packet of ours that came since the last call. Whoever can see or guess our packets' addresses and ports
-    /// can forge one: take it for a hint.
+    /// An error about a packet of ours that came since the last call, and its frame. Whoever can see or guess our packets'
+    /// addresses and ports can forge one: take it for a hint, or compare what it quotes. It may be about a packet of another queue, whose
+    /// [`Link::read_path_error`] reads the frame again.
     #[inline]
-    pub fn take_path_error(&mut self) -> Option<PathError> {
+    pub fn take_path_error(&mut self) -> Option<(PathError, Mbuf)> {
         self.path_errors.iter_mut().find_map(Option::take)
+    }
+
+    /// Reads an error in a frame that another queue of this port has received and checked.
+    #[must_use]
+    pub fn read_path_error(&self, frame: &[u8]) -> Option<PathError> {
+        let checks = HardwareChecks { ip_good: true, udp_good: true };
+        match frame::parse(frame, &self.local, checks) {
+            Ok(Incoming::PathError(error)) => Some(error),
+            _ => None,
+        }
     }
 
     /// Whether the port sends packets that lie in several buffers.

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use proptest::prelude::*;
 use protocol::frame::{self, Outgoing};
-use protocol::wire::icmp::{Cause, PathError};
+use protocol::wire::icmp::{Cause, PathError, Quote};
 use protocol::wire::{Ecn, icmpv6};
 use protocol::{DropReason, HardwareChecks, Incoming, Local, Peer, TxChecksum};
 
@@ -100,7 +100,8 @@ fn errors_about_our_packets_are_understood() {
         // Eight bytes of the datagram are enough.
         for quoted in [packet.len(), if v6 { 48 } else { 28 }] {
             let frame = error(v6, kind, code, word, &packet[..quoted]);
-            let expected = PathError { cause, from: (ip(v6, 1), 4800), to: (ip(v6, 2), 4791) };
+            let quote = Quote::new(&packet[(if v6 { 48 } else { 28 })..quoted]);
+            let expected = PathError { cause, from: (ip(v6, 1), 4800), to: (ip(v6, 2), 4791), quote };
             assert_eq!(parse(&frame, v6), Ok(Incoming::PathError(expected)));
         }
     }

@@ -213,7 +213,7 @@ impl PlaneHost {
         );
         let end = match outcome {
             LookupOutcome::Done => End::Done,
-            LookupOutcome::Deadline => End::Failed,
+            LookupOutcome::Deadline | LookupOutcome::Unreachable => End::Failed,
             LookupOutcome::Cancelled => End::Cancelled,
         };
         answer.ended = Some((end, found));

@@ -112,7 +112,7 @@ struct QueueView {
 /// # Errors
 /// When the port or an lcore cannot be had, or an lcore panics.
 pub fn run(eal: &Eal, config: &Config, keeper: &mut Keeper, stop: &AtomicBool) -> Result<Value, RunError> {
-    let opened = iface::open(eal, &config.iface, None, &[])?;
+    let opened = iface::open(eal, &config.iface, &[], &[])?;
     let lcores_stop = Arc::new(AtomicBool::new(false));
     let control =
         LcoreControl { stop: Arc::clone(&lcores_stop), clock: Clock::start(), idle_sleep: config.idle_sleep };

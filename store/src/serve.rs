@@ -41,6 +41,8 @@ pub(crate) struct ServeStage {
 impl Stage for ServeStage {
     fn poll(&mut self, now_ns: u64) -> usize {
         let received = self.receive(now_ns);
+        // What does not reach a data plane was asked for by it: nothing more is sent than that.
+        while self.link.take_path_error().is_some() {}
         self.link.poll_neighbours(now_ns);
         let taken_in = self.intakes.poll(Instant::from_nanos(now_ns));
         received + taken_in + self.transmit(now_ns)

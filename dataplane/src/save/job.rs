@@ -75,7 +75,7 @@ impl SaveJob {
 /// The client's word for why a chunk was not saved.
 pub(crate) fn not_saved_reason(failure: OfferFailure) -> NotSavedReason {
     match failure {
-        OfferFailure::Silent => NotSavedReason::StoreUnreachable,
+        OfferFailure::Silent | OfferFailure::Unreachable => NotSavedReason::StoreUnreachable,
         OfferFailure::Deadline => NotSavedReason::Deadline,
         OfferFailure::Busy | OfferFailure::Refused(OfferStatus::Busy) => NotSavedReason::StoreBusy,
         OfferFailure::Cancelled => NotSavedReason::Cancelled,

@@ -125,6 +125,11 @@ impl Offers {
         self.engine.handle_datagram(now, store, from, payload, &self.jobs)
     }
 
+    /// Takes in that a store cannot be reached; see [`OfferEngine::handle_unreachable`].
+    pub(crate) fn handle_unreachable(&mut self, store: StoreIndex, quote: &[u8]) -> bool {
+        self.engine.handle_unreachable(store, quote)
+    }
+
     /// Takes encoded chunks, lets time pass, and gives back what has ended. Returns how much that was.
     pub(crate) fn poll(&mut self, now: Instant) -> usize {
         let mut work = 0;

@@ -167,6 +167,13 @@ pub(crate) const FORGERIES: &[(&str, Forge)] = &[
         quote[19] = random.byte() | 0x80;
         (icmp(frame, [3, *random.pick(&[0, 1, 3, 4, 13])], &quote), None)
     }),
+    ("error about a request that nobody sent", |random, frame| {
+        let rest: Vec<u8> = (0..64).map(|_| random.byte()).collect();
+        let kind = *random.pick(&[MessageType::Lookup, MessageType::Pull]);
+        let made_up = message(frame, kind, &rest);
+        let quote = [&quote_of(frame)[..], &made_up[HEADERS..]].concat();
+        (icmp(frame, [3, *random.pick(&[0, 1, 3, 13])], &quote), None)
+    }),
     ("a tiny MTU", |_, frame| (icmp(frame, [3, 4], &quote_of(frame)), None)),
     ("neighbour discovery", |random, frame| {
         let mut bytes = ipv6(random, frame, 58);

@@ -79,6 +79,23 @@ pub(crate) fn with_payload(frame: &[u8], payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// What a host or router says when `packet`, over IPv4, cannot be delivered: destination unreachable with this code. It quotes as much as
+/// fits 576 bytes (RFC 1812 section 4.3.2.3).
+pub(crate) fn unreachable(packet: &[u8], code: u8) -> Vec<u8> {
+    let quote = &packet[IP..packet.len().min(IP + 548)];
+    let mut message = [&[3, code, 0, 0, 0, 0, 0, 0][..], quote].concat();
+    let sum = checksum(&[&message]);
+    message[2..4].copy_from_slice(&sum);
+    let mut bytes = [&packet[6..12], &packet[..6], &packet[12..IP + 20], &message].concat();
+    let ip_bytes = u16::try_from(bytes.len() - IP).unwrap();
+    bytes[IP + 2..IP + 4].copy_from_slice(&ip_bytes.to_be_bytes());
+    bytes[IP + 9] = 1;
+    bytes[IP + 12..IP + 16].copy_from_slice(&packet[IP + 16..IP + 20]);
+    bytes[IP + 16..IP + 20].copy_from_slice(&packet[IP + 12..IP + 16]);
+    seal_ip(&mut bytes);
+    bytes
+}
+
 /// The tag of a DATA message.
 pub(crate) fn data_tag(frame: &[u8]) -> Option<u32> {
     (frame.len() > HEADERS + 32 && frame[HEADERS + 5] == 4)

@@ -168,6 +168,18 @@ impl Ledger {
         self.tags.get(&tag).filter(|tag| tag.phase == Phase::Receiving).map(|tag| tag.range)
     }
 
+    /// Whether a message of the store is one that the data plane waits for. On a busy machine it asks twice, and what comes the second time is
+    /// not.
+    pub(crate) fn awaits(&self, payload: &[u8]) -> bool {
+        match Message::new_checked(payload) {
+            Ok(Message::Data(data)) => self
+                .tags
+                .get(&data.tag)
+                .is_some_and(|tag| tag.phase == Phase::Receiving && !tag.arrived.contains(&data.segment)),
+            _ => true,
+        }
+    }
+
     pub(crate) fn knows(&self, tag: u32) -> bool {
         self.tags.contains_key(&tag)
     }

@@ -40,6 +40,9 @@ const STORE_PORT: u16 = 4791;
 const PLANE_PORT: u16 = 4800;
 const SLOTS: usize = 4;
 
+/// How long anything may take on a busy machine before a test gives up.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
 /// What the region holds where nothing was delivered.
 const UNTOUCHED: u8 = 0xa5;
 /// Bytes behind what is fetched that nobody may touch.
@@ -65,6 +68,8 @@ pub(crate) struct Lab {
     pub(crate) arp_replies: u64,
     pub(crate) arp_requests: u64,
     sent: u64,
+    /// Of those, before the round's fetch.
+    begun_at: u64,
     received: u64,
     /// Over all rounds.
     pub(crate) totals: HashMap<Fates, u64>,
@@ -79,7 +84,7 @@ fn first_cpu() -> usize {
     (0..rustix::thread::CpuSet::MAX_CPU).find(|&cpu| set.is_set(cpu)).unwrap()
 }
 
-fn config(device: String, socket: PathBuf, gpu: dataplane::GpuConfig) -> dataplane::Config {
+pub(crate) fn config(device: String, socket: PathBuf, gpu: dataplane::GpuConfig) -> dataplane::Config {
     let cpu = first_cpu();
     dataplane::Config {
         iface: iface::IfaceConfig {
@@ -92,6 +97,7 @@ fn config(device: String, socket: PathBuf, gpu: dataplane::GpuConfig) -> datapla
             rx_descriptors: 1024,
             tx_descriptors: 1024,
             mbufs: 4096,
+            rss: None,
         },
         placement: format!("rx@{cpu},decode@{cpu},dma@{cpu}").parse().unwrap(),
         stores: vec![format!("10.98.0.1:{STORE_PORT}").parse().unwrap()],
@@ -171,6 +177,7 @@ impl Lab {
             arp_replies: 0,
             arp_requests: 0,
             sent: 0,
+            begun_at: 0,
             received: 0,
             totals: HashMap::new(),
             stop,
@@ -184,7 +191,7 @@ impl Lab {
 
     /// Learns the data plane's MAC address from its first ARP request, before anything is sent.
     fn meet(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         let request = loop {
             assert!(Instant::now() < deadline, "the data plane does not ask for the store");
             // It may have asked several times by now; one answer is enough.
@@ -302,6 +309,7 @@ impl Lab {
             timeout: round.timeout,
             progress: false,
         };
+        self.begun_at = self.sent;
         let (first, mut cancelled) = (self.sent, false);
         let mut fetch = self.client.fetch(&request).unwrap();
         loop {
@@ -330,8 +338,17 @@ impl Lab {
     fn step(&mut self, round: &mut Round<'_>, random: &mut Random) -> bool {
         let requests = self.take(round.library);
         let mut done = !requests.is_empty();
+        let error = round.unreachable_after.filter(|(after, _)| self.sent - self.begun_at >= *after);
         for (from, payload) in requests {
             if random.chance(round.rates.lose_request) {
+                continue;
+            }
+            if let Some((_, code)) = error {
+                let store = Peer { mac: STORE_MAC, ip: self.local.ip, port: STORE_PORT };
+                let plane = Local { mac: from.mac, ip: from.ip, first_port: from.port, ports: 1, vlan: None };
+                let request = frames::datagram(&plane, &store, &payload);
+                self.ledger.asked(&payload);
+                self.put(&frames::unreachable(&request, code).into(), round.library);
                 continue;
             }
             self.ledger.asked(&payload);
@@ -355,7 +372,7 @@ impl Lab {
         }
         done |= !going.is_empty();
         for frame in going {
-            if round.cut > 0 {
+            if round.cut > 0 && self.ledger.awaits(&frame.bytes[frames::HEADERS..]) {
                 round.cut -= 1;
                 self.cut(&frame.bytes, round.library);
             }
@@ -391,7 +408,7 @@ impl Lab {
     /// Waits until every packet sent was accounted for, every packet received was taken, and only the buffer for the data
     /// plane's next packet is in use; returns the statistics of that moment.
     fn settle(&mut self, library: &Library) -> Value {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             for (_, payload) in self.take(library) {
                 self.ledger.asked(&payload);

@@ -58,4 +58,6 @@ pub(crate) struct Round<'a> {
     pub(crate) cancel_after: Option<u64>,
     /// The store restarts after so many packets.
     pub(crate) restart_after: Option<u64>,
+    /// After so many packets there is no store: requests are answered with ICMP errors of this code.
+    pub(crate) unreachable_after: Option<(u64, u8)>,
 }

@@ -43,7 +43,7 @@ impl Wire {
     }
 
     pub(crate) fn flush(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + super::PATIENCE;
         while !self.sending.is_empty() {
             if self.tx.send(&mut self.sending) == 0 {
                 assert!(Instant::now() < deadline, "the data plane takes no packets");

@@ -157,7 +157,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
     }
 
     /// Stops pulling a chunk and has it looked up again once none of its planes awaits a verdict.
-    fn restart_chunk(&mut self, index: ChunkIndex) {
+    pub(super) fn restart_chunk(&mut self, index: ChunkIndex) {
         self.unlist_chunk(index);
         self.chunks[index.at()].state = ChunkState::Draining;
         self.stop_chunk(index);

@@ -35,6 +35,10 @@ pub struct FetchCounters {
     pub tail_probes: u64,
     /// Times that everything under way of one store was given up as lost.
     pub timeouts: u64,
+    /// ICMP errors by which a store cannot be reached, about something under way at it.
+    pub unreachable: u64,
+    /// Such errors that quote nothing that is under way, or too little to tell: nothing was done.
+    pub unreachable_unproven: u64,
     /// Answers of stores that they are busy.
     pub busy: u64,
     /// Chunks that went to another store because theirs was silent, busy, slow, or did not hold them.
@@ -70,6 +74,8 @@ impl FetchCounters {
             segments_late: 0,
             tail_probes: 0,
             timeouts: 0,
+            unreachable: 0,
+            unreachable_unproven: 0,
             busy: 0,
             failovers: 0,
             planes_arrived: 0,

@@ -92,6 +92,8 @@ pub enum ChunkFailure {
     NotStored,
     /// The deadline came first: the store was silent or slow.
     Deadline,
+    /// No store that should hold it can be reached, as the network says.
+    Unreachable,
     /// A plane was corrupt each time it was pulled.
     Corrupt,
     /// The stored chunk has another shape than the client expects.
@@ -126,6 +128,8 @@ pub enum LookupOutcome {
     Done,
     /// The deadline came first; what was found until then is reported.
     Deadline,
+    /// No store that should hold the next key can be reached, as the network says; what was found until then is reported.
+    Unreachable,
     /// By `FetchEngine::cancel_lookup`.
     Cancelled,
 }

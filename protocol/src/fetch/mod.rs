@@ -38,6 +38,7 @@ mod store;
 mod tables;
 pub(crate) mod tag;
 mod timers;
+mod unreachable;
 mod window;
 
 pub use config::{ConfigError, FetchConfig};

@@ -36,8 +36,9 @@ pub(super) struct Query {
     /// The store asked, and its place among the candidates.
     pub(super) store: StoreIndex,
     rank: u8,
-    /// Candidates, a bit each, that do not hold the key.
+    /// Candidates, a bit each, that do not hold the key, or that cannot be reached.
     missing: u8,
+    unreachable: u8,
     /// Candidates that are asked only if there is no other.
     avoided: u8,
     /// Times that a store did not answer in time.
@@ -45,8 +46,15 @@ pub(super) struct Query {
 }
 
 impl Query {
-    pub(super) const IDLE: Query =
-        Query { state: QueryState::Idle, store: StoreIndex(0), rank: 0, missing: 0, avoided: 0, tries: 0 };
+    pub(super) const IDLE: Query = Query {
+        state: QueryState::Idle,
+        store: StoreIndex(0),
+        rank: 0,
+        missing: 0,
+        unreachable: 0,
+        avoided: 0,
+        tries: 0,
+    };
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +78,8 @@ pub(super) struct Request {
     keys: u8,
     live: u8,
     queries: [Option<QueryIndex>; MAX_LOOKUP_KEYS],
+    /// As it was sent last.
+    first_key: Key,
 }
 
 impl Request {
@@ -83,6 +93,7 @@ impl Request {
             keys: 0,
             live: 0,
             queries: [None; MAX_LOOKUP_KEYS],
+            first_key: Key([0; 32]),
         }
     }
 }
@@ -166,20 +177,22 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Whether another store than the present one may have what `query` wants, and answers.
     pub(super) fn has_alternative(&self, query: QueryIndex) -> bool {
-        let Query { rank, missing, .. } = self.queries[query.at()];
+        let Query { rank, missing, unreachable, .. } = self.queries[query.at()];
         let (_, candidates) = self.wanted(query);
-        self.choose(&candidates, missing | 1 << rank)
+        self.choose(&candidates, missing | unreachable | 1 << rank)
             .is_some_and(|(_, other)| self.stores[usize::from(other.0)].is_usable(self.now))
     }
 
-    /// Begins to look a key up anew.
+    /// Begins to look a key up anew; gives it up if no store can be reached.
     pub(super) fn ask_first(&mut self, query: QueryIndex) {
         assert_eq!(self.queries[query.at()].state, QueryState::Idle, "a query is under way once");
         let avoided = self.queries[query.at()].avoided;
         self.queries[query.at()] = Query { avoided, ..Query::IDLE };
-        let asked = self.ask(query);
-        assert!(asked, "no store is without the key yet");
-        self.queries[query.at()].avoided = 0;
+        if self.ask(query) {
+            self.queries[query.at()].avoided = 0;
+        } else {
+            self.give_up_query(query);
+        }
     }
 
     /// Has the next [`ask_first`](Self::ask_first) of a query prefer another store than the present one.
@@ -188,15 +201,20 @@ impl<L: ChunkLayout> FetchEngine<L> {
         entry.avoided = 1 << entry.rank;
     }
 
-    /// Has the best candidate asked, from which `missing` are excluded; false if none is left.
+    /// Has the best candidate asked of those that may hold the key and may be reached; false if none is left.
     pub(super) fn ask(&mut self, query: QueryIndex) -> bool {
         let (key, candidates) = self.wanted(query);
         let key = *key;
-        let Query { missing, avoided, .. } = self.queries[query.at()];
-        let chosen =
-            self.choose(&candidates, missing | avoided).or_else(|| self.choose(&candidates, missing));
-        let Some((rank, store)) = chosen else { return false };
         self.knock_at_silent(&candidates, &key);
+        for (rank, store) in candidates.as_slice().iter().enumerate() {
+            let is_gone = self.stores[usize::from(store.0)].is_gone(self.now);
+            self.queries[query.at()].unreachable |= u8::from(is_gone) << rank;
+        }
+        let Query { missing, unreachable, avoided, .. } = self.queries[query.at()];
+        let excluded = missing | unreachable;
+        let chosen =
+            self.choose(&candidates, excluded | avoided).or_else(|| self.choose(&candidates, excluded));
+        let Some((rank, store)) = chosen else { return false };
         let entry = &mut self.queries[query.at()];
         (entry.rank, entry.store, entry.state) = (rank, store, QueryState::Waiting);
         if let Owner::Chunk(chunk) = self.owner(query) {
@@ -209,12 +227,12 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Has silent candidates asked now and then whether they are back.
     fn knock_at_silent(&mut self, candidates: &Candidates, key: &Key) {
-        if candidates.as_slice().len() < 2 {
-            return;
-        }
+        let is_alone = candidates.as_slice().len() < 2;
         for store in candidates.as_slice() {
             let entry = &mut self.stores[usize::from(store.0)];
-            if entry.is_silent() && entry.knock_at <= self.now {
+            // One that is alone is asked anyway, unless it is gone.
+            let knocks = entry.is_silent() && (!is_alone || entry.is_gone(self.now));
+            if knocks && entry.knock_at <= self.now {
                 entry.knock_at = self.now.plus_nanos(KNOCK_NS);
                 entry.knock = Some(*key);
                 self.make_due(*store);
@@ -317,7 +335,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let knock = self.stores[usize::from(store.0)].knock.take();
         if request.keys == 0 {
             let key = knock?;
-            self.requests[index.at()].keys = 1;
+            (self.requests[index.at()].keys, self.requests[index.at()].first_key) = (1, key);
             return message::emit_lookup(out, request.id, [key].iter());
         }
         // Of a query that no longer wants to know, any key will do.
@@ -325,6 +343,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         for (key, query) in keys.iter_mut().zip(request.queries) {
             *key = query.map_or(first, |query| *self.wanted(query).0);
         }
+        self.requests[index.at()].first_key = keys[0];
         message::emit_lookup(out, request.id, keys[..usize::from(request.keys)].iter())
     }
 
@@ -335,6 +354,66 @@ impl<L: ChunkLayout> FetchEngine<L> {
             self.note_timeout(store);
         }
         self.ask_again(store, index);
+    }
+
+    /// A store is gone: what it is looked up at is asked of others, or is not to be had.
+    pub(super) fn refuse_queries(&mut self, store: StoreIndex) {
+        for query in QueryIndex::all(self.queries.len()) {
+            let entry = &self.queries[query.at()];
+            if entry.state == QueryState::Idle || entry.store != store {
+                continue;
+            }
+            self.drop_query(query);
+            if self.ask(query) {
+                self.counters.failovers += 1;
+            } else {
+                self.give_up_query(query);
+            }
+        }
+        for index in Self::requests_of(store) {
+            self.requests[index.at()].state = RequestState::Idle;
+        }
+        self.make_due(store);
+    }
+
+    /// No store is left to be asked.
+    fn give_up_query(&mut self, query: QueryIndex) {
+        let is_unreachable = self.queries[query.at()].unreachable != 0;
+        match self.owner(query) {
+            Owner::Chunk(chunk) if is_unreachable => self.fail_chunk(chunk, ChunkFailure::Unreachable),
+            Owner::Chunk(chunk) => self.fail_chunk(chunk, ChunkFailure::NotStored),
+            Owner::Lookup(lookup, _) if is_unreachable => {
+                self.finish_lookup(lookup, LookupOutcome::Unreachable);
+            }
+            Owner::Lookup(lookup, place) => {
+                self.lookup_answers[lookup.at() * MAX_LOOKUP_KEYS + place] = Answer::Missing;
+                self.advance_lookup(lookup);
+            }
+        }
+    }
+
+    /// Has a store's queries that were not sent asked of others, where they may know.
+    pub(super) fn move_waiting(&mut self, store: StoreIndex) {
+        for query in QueryIndex::all(self.queries.len()) {
+            let entry = &self.queries[query.at()];
+            if entry.state == QueryState::Waiting && entry.store == store && self.has_alternative(query) {
+                self.drop_query(query);
+                self.counters.failovers += 1;
+                let asked = self.ask_elsewhere(query, store);
+                assert!(asked, "an alternative was seen");
+            }
+        }
+    }
+
+    /// Whether a LOOKUP with this id that asks for `key` first is under way at `store`.
+    pub(super) fn is_asked(&self, store: StoreIndex, id: u32, key: &Key) -> bool {
+        let index = RequestIndex(tag::slot_of(id));
+        self.requests.get(index.at()).is_some_and(|request| {
+            request.id == id
+                && request.state == RequestState::Sent
+                && index.0 / REQUESTS_PER_STORE == store.0
+                && request.first_key == *key
+        })
     }
 
     /// Asks for what a LOOKUP asked for once more: other stores where they may know, the same for the rest.
@@ -418,20 +497,20 @@ impl<L: ChunkLayout> FetchEngine<L> {
     }
 
     fn answer(&mut self, query: QueryIndex, epoch: u64, info: Option<ChunkInfo>) {
-        if info.is_none() {
+        let Some(info) = info else {
             let entry = &mut self.queries[query.at()];
             entry.missing |= 1 << entry.rank;
             if self.ask(query) {
                 self.counters.failovers += 1;
-                return;
+            } else {
+                self.give_up_query(query);
             }
-        }
-        match (self.owner(query), info) {
-            (Owner::Chunk(chunk), Some(info)) => self.looked_up(chunk, epoch, info),
-            (Owner::Chunk(chunk), None) => self.fail_chunk(chunk, ChunkFailure::NotStored),
-            (Owner::Lookup(lookup, place), info) => {
-                let answer = info.map_or(Answer::Missing, Answer::Found);
-                self.lookup_answers[lookup.at() * MAX_LOOKUP_KEYS + place] = answer;
+            return;
+        };
+        match self.owner(query) {
+            Owner::Chunk(chunk) => self.looked_up(chunk, epoch, info),
+            Owner::Lookup(lookup, place) => {
+                self.lookup_answers[lookup.at() * MAX_LOOKUP_KEYS + place] = Answer::Found(info);
                 self.advance_lookup(lookup);
             }
         }
@@ -469,7 +548,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let asked = job.asked;
         self.lookup_answers[index.at() * MAX_LOOKUP_KEYS..][..usize::from(asked)].fill(Answer::Waiting);
         for place in 0..asked {
-            self.ask_first(self.lookup_query(index, u16::from(place)));
+            if self.lookups[index.at()].state == LookupState::Running {
+                self.ask_first(self.lookup_query(index, u16::from(place)));
+            }
         }
     }
 

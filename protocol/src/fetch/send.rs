@@ -89,9 +89,14 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Gives chunk slots to the fetches that want some, the first in turn first.
     fn admit(&mut self) {
-        if self.admit_blocked {
-            return;
+        // Chunks that are given up at once leave their slots to others.
+        while !self.admit_blocked {
+            self.admit_blocked = true;
+            self.admit_all();
         }
+    }
+
+    fn admit_all(&mut self) {
         let (schedule, jobs) = (self.config.schedule, &self.jobs);
         self.admit.sort_unstable_by_key(|index| schedule.rank(&jobs[index.at()], 1));
         let mut at = 0;
@@ -105,7 +110,6 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 self.admit.remove(at);
             }
         }
-        self.admit_blocked = true;
     }
 
     fn admit_some(&mut self, index: JobIndex) {

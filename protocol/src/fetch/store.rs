@@ -29,6 +29,8 @@ pub(super) struct Store {
     pub(super) timeout_at: Instant,
     /// It is busy until then.
     pub(super) busy_until: Instant,
+    /// It cannot be reached, and is asked for nothing until then.
+    pub(super) gone_until: Instant,
     /// While it is silent: when to ask it the next time, and for which chunk, whether it is back.
     pub(super) knock_at: Instant,
     pub(super) knock: Option<Key>,
@@ -57,6 +59,7 @@ impl Store {
             timeouts: 0,
             timeout_at: Instant::FAR,
             busy_until: Instant::ZERO,
+            gone_until: Instant::ZERO,
             knock_at: Instant::ZERO,
             knock: None,
             waiting: List::EMPTY,
@@ -110,7 +113,18 @@ impl Store {
     #[inline]
     pub(super) fn heard(&mut self, now: Instant) {
         self.timeouts = 0;
+        self.gone_until = Instant::ZERO;
         self.timeout_at = now.plus_nanos(self.rtt.pto());
+    }
+
+    /// It cannot be reached, it seems.
+    pub(super) fn fall_silent(&mut self) {
+        self.timeouts = self.timeouts.max(SILENT_TIMEOUTS);
+    }
+
+    /// It cannot be reached, and was not heard since.
+    pub(super) fn is_gone(&self, now: Instant) -> bool {
+        self.gone_until > now
     }
 }
 

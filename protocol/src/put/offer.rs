@@ -69,6 +69,8 @@ pub enum OfferStartError {
 pub enum OfferFailure {
     /// The deadline came first, and no store had answered.
     Silent,
+    /// The store cannot be reached, an ICMP error said.
+    Unreachable,
     /// The deadline came first, while the store was busy.
     Busy,
     /// The deadline came first, while the store was pulling: it may have it.
@@ -321,6 +323,18 @@ impl OfferEngine {
             status => self.end(slot, OfferEnd::Failed(OfferFailure::Refused(status))),
         }
         Ok(())
+    }
+
+    /// Takes in that `store` cannot be reached, as an ICMP error says which quotes `quote` of a datagram's payload: if that is
+    /// an offer of ours under way, it ends. Returns whether it is.
+    pub fn handle_unreachable(&mut self, store: StoreIndex, quote: &[u8]) -> bool {
+        let Some((id, epoch)) = offer::quoted(quote) else { return false };
+        let Some(slot) = self.find(id) else { return false };
+        if epoch != self.config.serve.epoch || self.slots[slot].store != store {
+            return false;
+        }
+        self.end(slot, OfferEnd::Failed(OfferFailure::Unreachable));
+        true
     }
 
     /// The store works on it: the offer is repeated only once it falls silent.

@@ -28,6 +28,32 @@ pub enum Cause {
     },
 }
 
+/// Bytes of a quoted datagram's payload that are kept: what tells one message to a store from another.
+pub const QUOTE_BYTES: usize = 48;
+
+/// The beginning of the payload of the datagram that an error is about, as far as it was quoted and up to [`QUOTE_BYTES`]. Who
+/// does not see our packets cannot make it up: it holds numbers that differ from packet to packet and from run to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quote {
+    bytes: [u8; QUOTE_BYTES],
+    len: usize,
+}
+
+impl Quote {
+    /// Of a payload that was quoted so far.
+    pub fn new(payload: &[u8]) -> Quote {
+        let len = payload.len().min(QUOTE_BYTES);
+        let mut bytes = [0; QUOTE_BYTES];
+        bytes[..len].copy_from_slice(&payload[..len]);
+        Quote { bytes, len }
+    }
+
+    /// What was quoted.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
 /// An error about a UDP packet, as the packet that it quotes tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathError {
@@ -37,6 +63,8 @@ pub struct PathError {
     pub from: (IpAddr, u16),
     /// Whom it was for.
     pub to: (IpAddr, u16),
+    /// What it said.
+    pub quote: Quote,
 }
 
 /// Reads an ICMP message, the payload of its IP packet.
@@ -54,11 +82,12 @@ pub fn read_error(message: &[u8]) -> Result<PathError, DropReason> {
     };
     let quote = &message[HEADER_BYTES..];
     // Our own packets have no options: a quote with options is of somebody else's.
-    let Some((header, ports)) = quote.split_first_chunk::<20>() else { return Err(DropReason::BadIcmp) };
-    let Some(ports) = ports.first_chunk::<4>() else { return Err(DropReason::BadIcmp) };
+    let Some((header, datagram)) = quote.split_first_chunk::<20>() else { return Err(DropReason::BadIcmp) };
+    let Some(ports) = datagram.first_chunk::<4>() else { return Err(DropReason::BadIcmp) };
     if header[0] != 0x45 || header[9] != udp::PROTOCOL || be16(header, 6) & 0x1fff != 0 {
         return Err(DropReason::ForeignIcmp);
     }
     let ip = |at| IpAddr::V4(Ipv4Addr::from(take::<4>(header, at)));
-    Ok(PathError { cause, from: (ip(12), be16(ports, 0)), to: (ip(16), be16(ports, 2)) })
+    let quote = Quote::new(datagram.get(udp::HEADER_BYTES..).unwrap_or_default());
+    Ok(PathError { cause, from: (ip(12), be16(ports, 0)), to: (ip(16), be16(ports, 2)), quote })
 }

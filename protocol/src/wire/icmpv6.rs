@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use super::checksum::pseudo_header;
-use super::icmp::{Cause, PathError};
+use super::icmp::{Cause, PathError, Quote};
 use super::{be16, be32, ethernet, ipv6, take, udp};
 use crate::reason::DropReason;
 
@@ -77,16 +77,18 @@ pub fn read(header: &ipv6::Ipv6, addresses: &[u8], message: &[u8]) -> Result<Mes
 
 fn read_error(cause: Cause, message: &[u8]) -> Result<Message, DropReason> {
     let quote = &message[8..];
-    let Some((header, ports)) = quote.split_first_chunk::<{ ipv6::HEADER_BYTES }>() else {
+    let Some((header, datagram)) = quote.split_first_chunk::<{ ipv6::HEADER_BYTES }>() else {
         return Err(DropReason::BadIcmp);
     };
-    let Some(ports) = ports.first_chunk::<4>() else { return Err(DropReason::BadIcmp) };
+    let Some(ports) = datagram.first_chunk::<4>() else { return Err(DropReason::BadIcmp) };
     // Our own packets have no extension headers.
     if header[0] >> 4 != 6 || header[6] != udp::PROTOCOL {
         return Err(DropReason::ForeignIcmp);
     }
     let ip = |at| IpAddr::V6(Ipv6Addr::from(take::<16>(header, at)));
-    Ok(Message::Error(PathError { cause, from: (ip(8), be16(ports, 0)), to: (ip(24), be16(ports, 2)) }))
+    let quote = Quote::new(datagram.get(udp::HEADER_BYTES..).unwrap_or_default());
+    let (from, to) = ((ip(8), be16(ports, 0)), (ip(24), be16(ports, 2)));
+    Ok(Message::Error(PathError { cause, from, to, quote }))
 }
 
 /// RFC 4861 section 7.1.1.

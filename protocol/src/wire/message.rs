@@ -307,6 +307,42 @@ pub fn data_header(header: &[u8]) -> Option<Data<'_>> {
     (header[0..COMMON_BYTES] == common(MessageType::Data)).then(|| data_of(header, &[]))
 }
 
+/// What an ICMP error's quote of a message that we sent to a store names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quoted {
+    /// A LOOKUP.
+    Lookup {
+        /// Its request id.
+        request: u32,
+        /// The first of its keys.
+        key: Key,
+    },
+    /// A PULL.
+    Pull {
+        /// Its tag.
+        tag: u32,
+        /// The store's epoch.
+        epoch: u64,
+        /// Its number.
+        sequence: u32,
+    },
+}
+
+/// Reads the first [`super::icmp::QUOTE_BYTES`] of a LOOKUP or PULL; `None` if it is something else, or too little was quoted.
+pub fn quoted(quote: &[u8]) -> Option<Quoted> {
+    let quote = quote.first_chunk::<{ super::icmp::QUOTE_BYTES }>()?;
+    let kind = &quote[..COMMON_BYTES];
+    if kind == common(MessageType::Lookup) {
+        let key = Key(take(quote, LOOKUP_HEADER_BYTES));
+        return Some(Quoted::Lookup { request: le32(quote, 8), key });
+    }
+    (kind == common(MessageType::Pull)).then(|| Quoted::Pull {
+        tag: le32(quote, 8),
+        epoch: le64(quote, 16),
+        sequence: le32(quote, 44),
+    })
+}
+
 #[inline(always)]
 const fn common(kind: MessageType) -> [u8; COMMON_BYTES] {
     [MAGIC[0], MAGIC[1], MAGIC[2], MAGIC[3], VERSION, kind as u8, 0, 0]

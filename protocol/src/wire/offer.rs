@@ -132,6 +132,12 @@ pub fn read_offer(payload: &[u8]) -> Result<Offer, DropReason> {
     })
 }
 
+/// The name and epoch of an OFFER of which an ICMP error quotes the beginning; `None` if it is something else, or too little.
+pub fn quoted(quote: &[u8]) -> Option<(u32, u64)> {
+    let quote = quote.first_chunk::<{ super::icmp::QUOTE_BYTES }>()?;
+    (quote[..COMMON_BYTES] == common(OFFER)).then(|| (le32(quote, 8), le64(quote, 16)))
+}
+
 /// Writes an OFFER; `None` if `out` is too short.
 pub fn emit_offer(out: &mut [u8], offer: &Offer) -> Option<usize> {
     let out = out.first_chunk_mut::<OFFER_BYTES>()?;

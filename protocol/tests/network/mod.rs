@@ -17,6 +17,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::{IpAddr, Ipv4Addr};
 
+use protocol::wire::icmp::Quote;
 use protocol::wire::message::{
     ERROR_BYTES, ErrorCode, MAX_CONTROL_BYTES, Message, Refusal, Subject, emit_error,
 };
@@ -43,6 +44,9 @@ pub struct StoreNode {
     pub engine: ServeEngine,
     pub library: Library,
     pub alive: bool,
+    /// While it is not: packets to it are answered with ICMP errors, no closer together than this.
+    pub errors_every_nanos: Option<u64>,
+    next_error: u64,
     /// Packets from it take so much longer.
     pub delay_nanos: u64,
     /// Until then it answers that it is busy.
@@ -79,8 +83,19 @@ struct Node {
 }
 
 enum To {
-    Store { store: usize, queue: usize },
-    Queue { queue: usize, store: usize },
+    Store {
+        store: usize,
+        queue: usize,
+    },
+    Queue {
+        queue: usize,
+        store: usize,
+    },
+    /// An ICMP error about a packet of the queue to the store.
+    Error {
+        queue: usize,
+        store: usize,
+    },
 }
 
 pub struct World {
@@ -134,6 +149,8 @@ impl World {
                     engine,
                     library: Library::default(),
                     alive: true,
+                    errors_every_nanos: None,
+                    next_error: 0,
                     delay_nanos: 0,
                     busy_for_nanos: 0,
                     epoch,
@@ -267,6 +284,7 @@ impl World {
                 match to {
                     To::Store { store, queue } => self.at_store(store, queue, &payload),
                     To::Queue { queue, store } => self.at_queue(queue, store, &payload),
+                    To::Error { queue, store } => drop(self.take_error(queue, store, &payload)),
                 }
             }
             self.give_verdicts();
@@ -292,6 +310,11 @@ impl World {
         let now = self.now();
         let node = &mut self.stores[store];
         if !node.alive {
+            if node.errors_every_nanos.is_some() && node.next_error <= self.now {
+                node.next_error = self.now + node.errors_every_nanos.unwrap_or_default();
+                let quote = Quote::new(payload);
+                self.send(now.nanos(), || To::Error { queue, store }, quote.bytes());
+            }
             return;
         }
         if self.now < node.busy_for_nanos {
@@ -323,6 +346,20 @@ impl World {
             let queue = usize::from(transmit.to.port - PORT);
             self.send(at, || To::Queue { queue, store }, &message);
         }
+    }
+
+    /// An ICMP error by which `store` cannot be reached comes to a queue. Returns whether it was acted on.
+    pub fn take_error(&mut self, queue: usize, store: usize, quote: &[u8]) -> bool {
+        let now = self.now();
+        let taken = self.nodes[queue].engine.handle_unreachable(now, StoreIndex(store as u16), quote);
+        self.check(queue);
+        taken
+    }
+
+    /// What is on its way to `store` now.
+    pub fn on_the_way_to(&self, store: usize) -> Vec<Vec<u8>> {
+        let to_store = |to: &To| matches!(to, To::Store { store: at, .. } if *at == store);
+        self.in_transit.values().filter(|(to, _)| to_store(to)).map(|(_, bytes)| bytes.clone()).collect()
     }
 
     fn at_queue(&mut self, queue: usize, store: usize, payload: &[u8]) {
