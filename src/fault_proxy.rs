@@ -1,10 +1,11 @@
-//! `shadowserve fault-proxy`: stands between two ports and does to packets what bad networks do, for tests.
+//! `shadowserve fault-proxy`: stands between ports and does to packets what bad networks do, for tests.
 //!
-//! Each packet that comes in at one port goes out at the other, but for what the flags say, decided by a generator with a seed: lost, sent
+//! Each packet that comes in at one port goes out at the other, or of several at that behind which its destination's MAC address was
+//! seen, as at a switch; but for what the flags say, decided by a generator with a seed: lost, sent
 //! twice, damaged in one bit, held back for a while, or held back longer so that others overtake it.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -20,7 +21,7 @@ const HELD: usize = 4096;
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
-    /// The two devices
+    /// The devices: two or more
     #[arg(long, value_name = "DEVICE", num_args = 1, required = true)]
     port: Vec<String>,
     /// Packets lost, of 1
@@ -57,12 +58,13 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
-    let [a, b] = flags.port.as_slice() else { anyhow::bail!("--port: give it twice") };
+    if flags.port.len() < 2 {
+        anyhow::bail!("--port: give it twice or more");
+    }
     let stop = flags::stop_on_signals()?;
-    let config = EalConfig { vdevs: vec![a.clone(), b.clone()], ..flags.eal.config([flags.lcore], "") };
+    let config = EalConfig { vdevs: flags.port.clone(), ..flags.eal.config([flags.lcore], "") };
     let eal = Eal::start(&config)?;
     let pool = Pool::new(&eal, "proxy", PoolConfig { mbufs: 16_384, ..PoolConfig::default() })?;
-    let ((_port_a, rx_a, tx_a), (_port_b, rx_b, tx_b)) = (open(&eal, a, &pool)?, open(&eal, b, &pool)?);
     let faults = Faults {
         loss: flags.loss,
         duplicate: flags.duplicate,
@@ -71,20 +73,28 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         reorder_ns: flags.reorder_us.saturating_mul(1000),
         delay_ns: flags.delay_us.saturating_mul(1000),
     };
-    let mut ways = [
-        Way::new("a_to_b", rx_a, tx_b, faults, flags.seed),
-        Way::new("b_to_a", rx_b, tx_a, faults, !flags.seed),
-    ];
+    let (mut ways, mut outs) = (Vec::new(), Vec::new());
+    for (number, device) in flags.port.iter().enumerate() {
+        let (port, rx, tx) = open(&eal, device, &pool)?;
+        let name = match (flags.port.len(), number) {
+            (2, 0) => "a_to_b".to_owned(),
+            (2, 1) => "b_to_a".to_owned(),
+            _ => format!("from_{number}"),
+        };
+        ways.push(Way::new(name, number, rx, faults, flags.seed ^ (number as u64).wrapping_neg()));
+        outs.push(Out { port, tx, sending: Burst::new() });
+    }
+    let mut hosts = Hosts::default();
     let start = Instant::now();
     while !stop.load(Relaxed) {
         let now_ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let work: usize = ways.iter_mut().map(|way| way.poll(now_ns, &pool)).sum();
+        let work: usize = ways.iter_mut().map(|way| way.poll(now_ns, &pool, &mut hosts, &mut outs)).sum();
         if work == 0 && !flags.eal.idle_sleep().is_zero() {
             std::thread::sleep(flags.eal.idle_sleep());
         }
     }
     let report: serde_json::Map<String, Value> =
-        ways.iter().map(|way| (way.name.to_owned(), way.counts.to_json())).collect();
+        ways.iter().map(|way| (way.name.clone(), way.counts.to_json())).collect();
     println!("{}", Value::Object(report));
     Ok(ExitCode::SUCCESS)
 }
@@ -127,15 +137,49 @@ impl Counts {
     }
 }
 
-/// One direction.
-struct Way {
-    name: &'static str,
-    rx: RxQueue,
+/// Where packets leave.
+struct Out {
+    port: Port,
     tx: TxQueue,
+    sending: Burst,
+}
+
+impl Out {
+    fn flush(&mut self) -> usize {
+        let sent = self.tx.send(&mut self.sending);
+        // What is for a host that has gone does not hold up the others.
+        if self.sending.is_full() && !self.port.link_up() {
+            self.sending.clear();
+        }
+        sent
+    }
+}
+
+/// Behind which port a MAC address was seen.
+#[derive(Default)]
+struct Hosts(HashMap<[u8; 6], usize>);
+
+impl Hosts {
+    fn learn(&mut self, frame: &[u8], port: usize) {
+        if let Some(source) = frame.get(6..12).and_then(|mac| mac.try_into().ok()) {
+            self.0.insert(source, port);
+        }
+    }
+
+    fn port(&self, frame: &[u8]) -> Option<usize> {
+        self.0.get(frame.first_chunk::<6>()?).copied()
+    }
+}
+
+/// What comes in at one port.
+struct Way {
+    name: String,
+    /// The port's number.
+    from: usize,
+    rx: RxQueue,
     faults: Faults,
     random: Random,
     received: Burst,
-    sending: Burst,
     /// By when they may go on; packets of the same time in their order.
     held: BinaryHeap<Reverse<Held>>,
     serial: u64,
@@ -176,38 +220,58 @@ impl Ord for Held {
 }
 
 impl Way {
-    fn new(name: &'static str, rx: RxQueue, tx: TxQueue, faults: Faults, seed: u64) -> Self {
+    fn new(name: String, from: usize, rx: RxQueue, faults: Faults, seed: u64) -> Self {
         Self {
             name,
+            from,
             rx,
-            tx,
             faults,
             random: Random(seed),
             received: Burst::new(),
-            sending: Burst::new(),
             held: BinaryHeap::with_capacity(HELD + 2 * dpdk::BURST),
             serial: 0,
             counts: Counts::default(),
         }
     }
 
-    fn poll(&mut self, now_ns: u64, pool: &Pool) -> usize {
+    fn poll(&mut self, now_ns: u64, pool: &Pool, hosts: &mut Hosts, outs: &mut [Out]) -> usize {
         let mut work = 0;
         if self.held.len() < HELD {
             work += self.rx.receive(&mut self.received);
             while let Some(mbuf) = self.received.pop_front() {
                 self.counts.received += 1;
+                hosts.learn(mbuf.data(), self.from);
                 self.take(now_ns, mbuf, pool);
             }
         }
-        while !self.sending.is_full() && self.held.peek().is_some_and(|held| held.0.until_ns <= now_ns) {
+        // As long as every port has room, wherever the next packet goes.
+        while outs.iter().all(|out| !out.sending.is_full())
+            && self.held.peek().is_some_and(|held| held.0.until_ns <= now_ns)
+        {
             let Some(Reverse(held)) = self.held.pop() else { break };
-            // There is room.
-            let _ = self.sending.push(held.mbuf);
+            self.counts.sent += 1;
+            self.forward(held.mbuf, pool, hosts, outs);
         }
-        let sent = self.tx.send(&mut self.sending);
-        self.counts.sent += sent as u64;
-        work + sent
+        work + outs.iter_mut().map(Out::flush).sum::<usize>()
+    }
+
+    /// Sends a packet to where its destination is, or everywhere else if that is not known.
+    fn forward(&self, mbuf: Mbuf, pool: &Pool, hosts: &Hosts, outs: &mut [Out]) {
+        // There is room.
+        if let Some(port) = hosts.port(mbuf.data()) {
+            if port != self.from {
+                let _ = outs[port].sending.push(mbuf);
+            }
+            return;
+        }
+        let mut others = outs.iter_mut().enumerate().filter(|(port, _)| *port != self.from);
+        let Some((_, first)) = others.next() else { return };
+        for (_, out) in others {
+            if let Some(twin) = copy(&mbuf, pool) {
+                let _ = out.sending.push(twin);
+            }
+        }
+        let _ = first.sending.push(mbuf);
     }
 
     fn take(&mut self, now_ns: u64, mut mbuf: Mbuf, pool: &Pool) {

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use client::{Client, ClientConfig, Dtype, Outcome, Region, SaveCodec, SaveReport, SaveRequest, Shape};
+use client::{
+    Client, ClientConfig, Dtype, FewerCopies, Outcome, Region, SaveCodec, SaveReport, SaveRequest, Shape,
+};
 use compress::{Codec, Codecs, PlaneCodec, Side};
 use serde_json::{Value, json};
 use store::kv_file::{KvFile, SequenceShape};
@@ -88,6 +90,11 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
             known + report.already_stored as usize
         );
     }
+    for fewer in &report.fewer_copies {
+        let FewerCopies { chunk, copies, replicas, reason } = fewer;
+        let chunk = known + *chunk as usize;
+        eprintln!("warning: chunk {chunk} is on {copies} of {replicas} stores: {reason}");
+    }
     if report.outcome == Outcome::Done {
         return Ok(ExitCode::SUCCESS);
     }
@@ -135,12 +142,25 @@ fn to_json(report: &SaveReport, chunks: usize, known: usize, tensor_bytes: usize
         .iter()
         .map(|missed| json!({ "chunk": known + missed.chunk as usize, "reason": missed.reason.to_string() }))
         .collect();
+    let fewer_copies: Vec<Value> = report
+        .fewer_copies
+        .iter()
+        .map(|fewer| {
+            json!({
+                "chunk": known + fewer.chunk as usize,
+                "copies": fewer.copies,
+                "replicas": fewer.replicas,
+                "reason": fewer.reason.to_string(),
+            })
+        })
+        .collect();
     json!({
         "outcome": outcome,
         "chunks": chunks,
         "stored": report.stored,
         "already_stored": known + report.already_stored as usize,
         "not_saved": not_saved,
+        "fewer_copies": fewer_copies,
         "raw_bytes": 2 * tensor_bytes,
         "encoded_bytes": report.encoded_bytes,
         "elapsed_us": u64::try_from(report.elapsed.as_micros()).unwrap_or(u64::MAX),

@@ -20,9 +20,10 @@ mod shared;
 pub use crate::client::{Client, ConnectError, LookupError, StatsError};
 pub use config::ClientConfig;
 pub use control::{
-    ChunkPlace, Codec, CommandError, DeviceUuid, Dtype, ElementType, GpuAllocation, GpuMemoryError,
-    GpuRingError, IpcHandle, LayerBase, Layout, LayoutError, Missing, MissingReason, NotSaved,
-    NotSavedReason, Outcome, PageStrides, PagedKv, PlaneBase, RingDescriptor, SaveCodec, Scale, Shape,
+    ChunkPlace, Codec, CommandError, DeviceUuid, Dtype, ElementType, FewerCopies, GpuAllocation,
+    GpuMemoryError, GpuRingError, IpcHandle, LayerBase, Layout, LayoutError, Missing, MissingReason,
+    NotSaved, NotSavedReason, Outcome, PageStrides, PagedKv, PlaneBase, RingDescriptor, SaveCodec, Scale,
+    Shape,
 };
 pub use fetch::{Fetch, FetchError, FetchReport, FetchRequest, Progress, RequestError};
 pub use gpu::{GpuRing, PagedCache, PagesRequest, RingConfig, RingEntry, RingError, RingRequest};

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use control::message::{MAX_CHUNKS_PER_FETCH, MAX_PAGES_PER_FETCH};
 use control::{
-    CHUNK_TOKENS, ChunkPlace, Command, CommandError, Completion, Layout, NotSaved, Outcome, RegionView,
-    SaveCodec, SaveFrom, Shape,
+    CHUNK_TOKENS, ChunkPlace, Command, CommandError, Completion, FewerCopies, Layout, NotSaved, Outcome,
+    RegionView, SaveCodec, SaveFrom, Shape,
 };
 use protocol::Key;
 
@@ -188,15 +188,17 @@ impl From<NotSent> for SaveError {
 pub struct SaveReport {
     /// How.
     pub outcome: Outcome,
-    /// Chunks that were put, checked by the store and found by lookups.
+    /// Chunks that were put, checked by one store at least and found by lookups.
     pub stored: u32,
-    /// Chunks that the store had.
+    /// Chunks that the stores had.
     pub already_stored: u32,
     /// Encoded bytes of what was put.
     pub encoded_bytes: u64,
     /// What is not known to be stored, in the order of the request's chunks, each with the reason.
     pub not_saved: Vec<NotSaved>,
-    /// What happened, for a person; empty when done.
+    /// What is stored on fewer stores than are to keep it, in the same order, each with the reason.
+    pub fewer_copies: Vec<FewerCopies>,
+    /// What happened, for a person; empty when done and every copy was made.
     pub message: String,
     /// From the call of `save` until its end was heard of.
     pub elapsed: Duration,
@@ -212,6 +214,7 @@ impl SaveReport {
             already_stored: 0,
             encoded_bytes: 0,
             not_saved: Vec::new(),
+            fewer_copies: Vec::new(),
             message: String::new(),
             elapsed: Duration::ZERO,
         }
@@ -300,10 +303,26 @@ impl Save {
     fn report(&self, completion: Completion, at: Instant) -> Result<SaveReport, String> {
         match completion {
             Completion::Saved {
-                outcome, stored, already_stored, encoded_bytes, not_saved, message, ..
+                outcome,
+                stored,
+                already_stored,
+                encoded_bytes,
+                not_saved,
+                fewer_copies,
+                message,
+                ..
             } => {
                 let elapsed = at.saturating_duration_since(self.begun);
-                Ok(SaveReport { outcome, stored, already_stored, encoded_bytes, not_saved, message, elapsed })
+                Ok(SaveReport {
+                    outcome,
+                    stored,
+                    already_stored,
+                    encoded_bytes,
+                    not_saved,
+                    fewer_copies,
+                    message,
+                    elapsed,
+                })
             }
             Completion::Refused { reason, .. } => Err(reason),
             other => Err(format!("an answer of the wrong kind: {other:?}")),

@@ -362,8 +362,8 @@ impl Completion {
                 }
                 Ok(())
             }
-            Self::Saved { outcome, not_saved, .. } => {
-                if not_saved.len() > MAX_CHUNKS_PER_FETCH {
+            Self::Saved { outcome, not_saved, fewer_copies, .. } => {
+                if not_saved.len() + fewer_copies.len() > MAX_CHUNKS_PER_FETCH {
                     return Err(DecodeError::Invalid("a save misses more chunks than any save may name"));
                 }
                 if *outcome == Outcome::Done && !not_saved.is_empty() {

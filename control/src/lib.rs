@@ -39,8 +39,8 @@ pub use gpu_ring::{GpuRingError, RingConsumer, RingDescriptor, RingProducer, rin
 pub use layout::{Dtype, Layout, LayoutError, Shape};
 pub use listener::{Limits, Listener};
 pub use message::{
-    ChunkPlace, Codec, Command, Completion, Missing, MissingReason, NotSaved, NotSavedReason, Outcome,
-    SaveCodec, SaveFrom, Target,
+    ChunkPlace, Codec, Command, Completion, FewerCopies, Missing, MissingReason, NotSaved, NotSavedReason,
+    Outcome, SaveCodec, SaveFrom, Target,
 };
 pub use ring::RingError;
 pub use server::{ServerSession, SessionError, SocketEvent};

@@ -326,6 +326,19 @@ pub struct NotSaved {
     pub reason: NotSavedReason,
 }
 
+/// A chunk that is stored, and on fewer stores than are to keep it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FewerCopies {
+    /// Index into the save's chunks.
+    pub chunk: u32,
+    /// Stores that have it.
+    pub copies: u8,
+    /// Stores that are to have it.
+    pub replicas: u8,
+    /// Why another has not.
+    pub reason: NotSavedReason,
+}
+
 /// What the data plane answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Completion {
@@ -385,15 +398,17 @@ pub enum Completion {
         id: u64,
         /// How.
         outcome: Outcome,
-        /// Chunks that were put.
+        /// Chunks that were put, into one store at least.
         stored: u32,
-        /// Chunks that the store had.
+        /// Chunks that the stores had.
         already_stored: u32,
         /// Encoded bytes of what was put.
         encoded_bytes: u64,
         /// What is not known to be stored, in the order of the save's chunks.
         not_saved: Vec<NotSaved>,
-        /// What happened, for a person; empty when done.
+        /// What is stored on fewer stores than are to keep it, in the order of the save's chunks.
+        fewer_copies: Vec<FewerCopies>,
+        /// What happened, for a person; empty when done and every copy was made.
         message: String,
     },
     /// The region is forgotten and its memory unmapped.

@@ -111,6 +111,16 @@ pub enum ConfigError {
         /// Largest plane.
         slot_kib: usize,
     },
+    /// More copies of chunks would be offered at once than can be named.
+    #[error(
+        "--save-chunks {chunks} with --replicas {replicas} are more than 65,534 copies at once: give fewer chunks"
+    )]
+    Copies {
+        /// As given.
+        chunks: u16,
+        /// As given.
+        replicas: usize,
+    },
     /// The protocol's messages do not fit the MTU.
     #[error("--mtu {mtu} is too small for the protocol's messages: give at least {least}")]
     Mtu {
@@ -135,6 +145,16 @@ impl Config {
         let same_version = store.is_ipv4() == self.iface.address.ip.is_ipv4();
         let hop = if self.iface.address.contains(store.ip()) { Some(store.ip()) } else { self.gateway };
         hop.filter(|hop| same_version && self.iface.address.contains(*hop)).ok_or_else(no_route)
+    }
+
+    /// Copies of chunks that may be offered at once.
+    ///
+    /// # Errors
+    /// When there are more than can be named.
+    pub fn save_offers(&self) -> Result<u16, ConfigError> {
+        let (chunks, replicas) = (self.save.chunks, self.replicas);
+        let copies = u16::try_from(usize::from(chunks) * replicas).ok().filter(|copies| *copies < u16::MAX);
+        copies.ok_or(ConfigError::Copies { chunks, replicas })
     }
 
     /// Which store keeps which chunk: by their addresses as printed.

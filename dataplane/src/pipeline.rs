@@ -522,12 +522,12 @@ impl StageBuilder<'_> {
             epoch: epoch(),
             max_pending_pulls: 256,
             max_pending_replies: 64,
-            max_requesters: 16,
+            max_requesters: u16::try_from(self.stores.len()).unwrap_or(u16::MAX).max(16),
             max_segment_bytes: self.budget.max_segment_bytes,
             ..ServeConfig::default()
         };
         let engine = OfferEngine::new(OfferConfig {
-            max_offers: self.config.save.chunks,
+            max_offers: self.config.save_offers()?,
             rto_min: self.config.rto_min,
             rto_max: MAX_OFFER_RTO,
             serve,

@@ -109,6 +109,24 @@ impl Cluster {
         self.proxy = Some(Process::start(&arguments, self.path("proxy.log")));
     }
 
+    /// Puts a switch between the data plane and so many stores, which [`Cluster::store_at`] starts.
+    pub(crate) fn start_switch(&mut self, stores: u32) {
+        let to_store = |number: u32| self.port(number, "server", &format!("store{number}.sock"));
+        let ports: Vec<String> =
+            std::iter::once(self.port(0, "client", "memif.sock")).chain((1..=stores).map(to_store)).collect();
+        let mut arguments = vec!["fault-proxy", "--no-huge", "--idle-sleep-us", "10"];
+        arguments.extend(ports.iter().flat_map(|port| ["--port", port.as_str()]));
+        self.proxy = Some(Process::start(&arguments, self.path("proxy.log")));
+    }
+
+    /// Store `number`, from 1, at a switch.
+    pub(crate) fn store_at(&self, number: u32, ip: &str, flags: &[&str]) -> Process {
+        let port = self.port(number, "client", &format!("store{number}.sock"));
+        let arguments = ["store", "--no-huge", "--idle-sleep-us", "20", "--ip", ip, "--port", &port];
+        let arguments = [&arguments[..], &["--codec", self.codec.name(), "--lcores", "1"], flags].concat();
+        Process::start(&arguments, self.path(&format!("store{number}.log")))
+    }
+
     pub(crate) fn start_dataplane(&mut self, flags: &[&str]) {
         let (port, socket) = (self.port(0, "server", "memif.sock"), self.socket());
         let (port, namespace) = self

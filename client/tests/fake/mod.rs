@@ -326,7 +326,16 @@ fn saved(
     not_saved: Vec<NotSaved>,
 ) -> Completion {
     let message = if not_saved.is_empty() { String::new() } else { "as told".to_owned() };
-    Completion::Saved { id, outcome, stored, already_stored, encoded_bytes: 0, not_saved, message }
+    Completion::Saved {
+        id,
+        outcome,
+        stored,
+        already_stored,
+        encoded_bytes: 0,
+        not_saved,
+        fewer_copies: vec![],
+        message,
+    }
 }
 
 fn look_up(id: u64, keys: &[[u8; 32]], manners: &Manners) -> Completion {

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use arrayvec::ArrayVec;
 use compress::{ChunkWriter, Codecs, Shape};
 use control::NotSavedReason;
 use gpu_dma::Origin;
 use protocol::Key;
-use protocol::put::{OfferFailure, OfferId};
+use protocol::placement::MAX_REPLICAS;
+use protocol::put::{OfferEnd, OfferFailure, OfferId};
 use protocol::wire::offer::OfferStatus;
 
 /// What one save wants, shared by every stage.
@@ -39,13 +41,49 @@ impl SaveShared {
     }
 }
 
-/// How a chunk's way to the store ended.
+/// How a chunk's way to the stores ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SaveOutcome {
     Pending,
-    Stored,
-    AlreadyStored,
+    /// At least one has it.
+    Stored(Copies),
     NotSaved(NotSavedReason),
+}
+
+/// How the offers of a chunk ended, of which there is one for each store that is to keep it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Copies {
+    pub(crate) stored: u8,
+    pub(crate) already_stored: u8,
+    /// Those that failed, and why the first did.
+    pub(crate) failed: u8,
+    pub(crate) reason: Option<NotSavedReason>,
+}
+
+impl Copies {
+    pub(crate) fn add(&mut self, end: OfferEnd) {
+        match end {
+            OfferEnd::Stored => self.stored += 1,
+            OfferEnd::AlreadyStored => self.already_stored += 1,
+            OfferEnd::Failed(failure) => {
+                self.failed += 1;
+                self.reason = self.reason.or(Some(not_saved_reason(failure)));
+            }
+        }
+    }
+
+    /// Stores that have the chunk.
+    pub(crate) fn made(&self) -> u8 {
+        self.stored + self.already_stored
+    }
+
+    /// What became of the chunk, once all offers have ended.
+    pub(crate) fn outcome(self) -> SaveOutcome {
+        match self.reason {
+            Some(reason) if self.made() == 0 => SaveOutcome::NotSaved(reason),
+            _ => SaveOutcome::Stored(self),
+        }
+    }
 }
 
 /// A chunk on its way out, and the memory that it is encoded into.
@@ -55,15 +93,23 @@ pub(crate) struct SaveJob {
     /// Its chunk within the save.
     pub(crate) chunk: usize,
     pub(crate) writer: ChunkWriter,
-    /// What its queue's engine calls it.
-    pub(crate) offer: Option<OfferId>,
+    /// Its offers under way, as its queue's engine calls them, and how the others ended.
+    pub(crate) offers: ArrayVec<OfferId, MAX_REPLICAS>,
+    pub(crate) copies: Copies,
     pub(crate) outcome: SaveOutcome,
 }
 
 impl SaveJob {
     pub(crate) fn new(chunk_bytes: usize) -> Box<Self> {
         let writer = ChunkWriter::new(chunk_bytes);
-        Box::new(Self { save: None, chunk: 0, writer, offer: None, outcome: SaveOutcome::Pending })
+        Box::new(Self {
+            save: None,
+            chunk: 0,
+            writer,
+            offers: ArrayVec::new(),
+            copies: Copies::default(),
+            outcome: SaveOutcome::Pending,
+        })
     }
 
     /// The queue that offers it.
@@ -73,7 +119,7 @@ impl SaveJob {
 }
 
 /// The client's word for why a chunk was not saved.
-pub(crate) fn not_saved_reason(failure: OfferFailure) -> NotSavedReason {
+fn not_saved_reason(failure: OfferFailure) -> NotSavedReason {
     match failure {
         OfferFailure::Silent | OfferFailure::Unreachable => NotSavedReason::StoreUnreachable,
         OfferFailure::Deadline => NotSavedReason::Deadline,

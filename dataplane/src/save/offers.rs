@@ -1,4 +1,4 @@
-//! One queue's share of saves: offers encoded chunks to the store, sends what it pulls, says how each ended.
+//! One queue's share of saves: offers encoded chunks to the stores that are to keep them, sends what they pull, says how each ended.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -6,11 +6,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use dpdk::Ring;
 use iface::Counter;
 use protocol::frame::Peer;
-use protocol::put::{OfferCounters, OfferEnd, OfferEngine, OfferEvent, OfferTo};
+use protocol::put::{OfferCounters, OfferEngine, OfferEvent, OfferTo};
 use protocol::reason::DropReason;
 use protocol::{ChunkInfo, ChunkSource, Instant, Key, Placement, StoreIndex};
 
-use crate::save::job::{SaveJob, SaveOutcome, not_saved_reason};
+use crate::save::job::{SaveJob, SaveOutcome};
+
+/// When one store has a chunk, another is not waited for that was offered it so often without a word: seconds, at the longest
+/// time between offers.
+const SILENT_OFFERS: u8 = 8;
 
 /// The engine's counts, for other threads to read.
 #[derive(Debug, Default)]
@@ -35,7 +39,7 @@ impl OfferCounts {
         self.failed.set(counts.failed);
     }
 
-    /// Every counter with its name: `begun = stored + already_stored + failed` and those under way.
+    /// Every counter, of copies, with its name: `begun = stored + already_stored + failed` and those under way.
     pub(crate) fn named(&self) -> [(&'static str, &Counter); 8] {
         [
             ("begun", &self.begun),
@@ -50,14 +54,19 @@ impl OfferCounts {
     }
 }
 
-/// Chunks under offer, by slot of the offer.
-struct Jobs(Box<[Option<Box<SaveJob>>]>);
+/// Chunks under offer. Each is offered to every store that is to keep it.
+struct Jobs {
+    jobs: Box<[Option<Box<SaveJob>>]>,
+    /// For each slot of an offer, the place of its chunk.
+    place_of: Box<[usize]>,
+}
 
 impl Jobs {
     fn bytes(&self, handle: u32) -> Option<&[u8]> {
         let [low, high, ..] = handle.to_le_bytes();
-        let job = self.0.get(usize::from(u16::from_le_bytes([low, high])))?.as_deref()?;
-        (job.offer?.handle() == handle).then(|| job.writer.bytes())
+        let place = *self.place_of.get(usize::from(u16::from_le_bytes([low, high])))?;
+        let job = self.jobs.get(place)?.as_deref()?;
+        job.offers.iter().any(|offer| offer.handle() == handle).then(|| job.writer.bytes())
     }
 }
 
@@ -91,7 +100,7 @@ pub(crate) struct Offers {
 }
 
 impl Offers {
-    /// `engine` has a place for every job that there is.
+    /// `engine` has a place for every copy of every job that there is.
     pub(crate) fn new(
         engine: OfferEngine,
         placement: Placement,
@@ -99,7 +108,8 @@ impl Offers {
         encoded: Ring<Box<SaveJob>>,
         returned: Ring<Box<SaveJob>>,
     ) -> Self {
-        let jobs = Jobs((0..jobs).map(|_| None).collect());
+        let offers = usize::from(jobs) * placement.replicas();
+        let jobs = Jobs { jobs: (0..jobs).map(|_| None).collect(), place_of: vec![0; offers].into() };
         Self { engine, placement, jobs, under_way: 0, encoded, returned, counts: Arc::default() }
     }
 
@@ -111,7 +121,7 @@ impl Offers {
     /// Whether a payload is for [`Offers::take`]. Where nothing is saved, nothing is: such messages are of no type that is known.
     #[inline]
     pub(crate) fn takes(&self, payload: &[u8]) -> bool {
-        !self.jobs.0.is_empty() && OfferEngine::takes(payload)
+        !self.jobs.jobs.is_empty() && OfferEngine::takes(payload)
     }
 
     /// Takes a datagram for which [`Offers::takes`] is true.
@@ -140,11 +150,15 @@ impl Offers {
         if self.under_way == 0 {
             return work;
         }
-        for job in self.jobs.0.iter().flatten() {
-            if job.save.as_ref().is_some_and(|save| save.cancelled.load(Relaxed))
-                && let Some(offer) = job.offer
-            {
-                self.engine.cancel(offer);
+        for job in self.jobs.jobs.iter().flatten() {
+            let is_cancelled = job.save.as_ref().is_some_and(|save| save.cancelled.load(Relaxed));
+            for offer in &job.offers {
+                if is_cancelled {
+                    self.engine.cancel(*offer);
+                } else if job.copies.made() > 0 && self.engine.unanswered(*offer) >= SILENT_OFFERS {
+                    // A store that is gone does not hold up the chunks behind this one, which others have.
+                    self.engine.give_up(*offer);
+                }
             }
         }
         self.engine.handle_timeout(now);
@@ -165,31 +179,35 @@ impl Offers {
         let key = save.chunks[job.chunk].key;
         let header_bytes = u32::try_from(job.writer.header_bytes()).unwrap_or(u32::MAX);
         let (deadline, bytes) = (Instant::from_nanos(save.deadline_ns), job.writer.bytes().len() as u64);
-        // The first of those that are to keep it; whoever fetches asks that one first, too.
-        let store = self.placement.candidates(&key).as_slice().first().copied().unwrap_or_default();
-        match self.engine.start(now, deadline, store, &key, header_bytes, bytes) {
-            Ok(offer) => {
-                job.offer = Some(offer);
-                self.under_way += 1;
-                self.jobs.0[offer.slot()] = Some(job);
+        let Some(place) = self.jobs.jobs.iter().position(Option::is_none) else {
+            unreachable!("there is a place for every job")
+        };
+        for store in self.placement.candidates(&key).as_slice() {
+            match self.engine.start(now, deadline, *store, &key, header_bytes, bytes) {
+                Ok(offer) => {
+                    self.jobs.place_of[offer.slot()] = place;
+                    job.offers.push(offer);
+                }
+                // There is a place for every copy, and the deadline was looked at just now.
+                Err(error) => unreachable!("{error}"),
             }
-            // There is a place for every job, and the deadline was looked at just now.
-            Err(error) => unreachable!("{error}"),
         }
+        self.under_way += 1;
+        self.jobs.jobs[place] = Some(job);
     }
 
     fn end(&mut self, event: OfferEvent) {
-        let Some(mut job) = self.jobs.0[event.offer.slot()].take() else {
-            unreachable!("an offer ends once");
-        };
-        self.under_way -= 1;
-        job.offer = None;
-        job.outcome = match event.end {
-            OfferEnd::Stored => SaveOutcome::Stored,
-            OfferEnd::AlreadyStored => SaveOutcome::AlreadyStored,
-            OfferEnd::Failed(failure) => SaveOutcome::NotSaved(not_saved_reason(failure)),
-        };
-        self.give_back(job);
+        let place = &mut self.jobs.jobs[self.jobs.place_of[event.offer.slot()]];
+        let Some(job) = place else { unreachable!("a chunk is here until all its offers have ended") };
+        job.offers.retain(|offer| *offer != event.offer);
+        job.copies.add(event.end);
+        if job.offers.is_empty()
+            && let Some(mut job) = place.take()
+        {
+            self.under_way -= 1;
+            job.outcome = job.copies.outcome();
+            self.give_back(job);
+        }
     }
 
     fn give_back(&self, job: Box<SaveJob>) {

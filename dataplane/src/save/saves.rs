@@ -7,14 +7,16 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 
 use compress::{Codec, Codecs, Dtype, PlaneCodec, Profile, Shape};
-use control::{ChunkPlace, Command, Completion, NotSaved, NotSavedReason, Outcome, SaveCodec, SaveFrom};
+use control::{
+    ChunkPlace, Command, Completion, FewerCopies, NotSaved, NotSavedReason, Outcome, SaveCodec, SaveFrom,
+};
 use dpdk::Ring;
 use gpu_dma::{ChunkShape as PlaceShape, Layout, Origin, PagedMemory, Placement};
 use hugepages::Arena;
 use protocol::Key;
 
 use crate::fetches::{Owner, RegionMemory};
-use crate::save::job::{SaveChunk, SaveJob, SaveOutcome, SaveShared};
+use crate::save::job::{Copies, SaveChunk, SaveJob, SaveOutcome, SaveShared};
 
 /// Limits on what is admitted.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +43,7 @@ struct Active {
     already_stored: u32,
     encoded_bytes: u64,
     not_saved: Vec<NotSaved>,
+    fewer_copies: Vec<FewerCopies>,
 }
 
 /// Everything under way.
@@ -92,6 +95,7 @@ impl Saves {
                 already_stored: 0,
                 encoded_bytes: 0,
                 not_saved: Vec::new(),
+                fewer_copies: Vec::new(),
             }),
             Err(reason) => self.ended.push((owner, Completion::Refused { id: owner.command, reason })),
         }
@@ -171,11 +175,15 @@ impl Saves {
         if let Some(active) = self.active.iter_mut().find(|active| Arc::ptr_eq(&active.shared, &save)) {
             active.away -= 1;
             match job.outcome {
-                SaveOutcome::Stored => {
-                    active.stored += 1;
-                    active.encoded_bytes += job.writer.bytes().len() as u64;
+                SaveOutcome::Stored(copies) => {
+                    if copies.stored > 0 {
+                        active.stored += 1;
+                        active.encoded_bytes += job.writer.bytes().len() as u64;
+                    } else {
+                        active.already_stored += 1;
+                    }
+                    active.fewer(job.chunk, copies);
                 }
-                SaveOutcome::AlreadyStored => active.already_stored += 1,
                 SaveOutcome::Pending => unreachable!("a job comes back with its outcome"),
                 SaveOutcome::NotSaved(reason) => active.miss(job.chunk, reason),
             }
@@ -207,7 +215,7 @@ impl Saves {
                 without = 0;
                 job.save = Some(Arc::clone(&active.shared));
                 job.chunk = active.next;
-                job.outcome = SaveOutcome::Pending;
+                (job.copies, job.outcome) = (Copies::default(), SaveOutcome::Pending);
                 active.next += 1;
                 active.away += 1;
                 assert!(self.chunks.enqueue(job).is_ok(), "the ring has room for every job");
@@ -222,23 +230,41 @@ impl Active {
         self.not_saved.push(NotSaved { chunk: u32::try_from(chunk).unwrap_or(u32::MAX), reason });
     }
 
+    fn fewer(&mut self, chunk: usize, copies: Copies) {
+        if let Some(reason) = copies.reason {
+            let chunk = u32::try_from(chunk).unwrap_or(u32::MAX);
+            let replicas = copies.made() + copies.failed;
+            self.fewer_copies.push(FewerCopies { chunk, copies: copies.made(), replicas, reason });
+        }
+    }
+
     fn completion(&self) -> Completion {
-        let mut not_saved = self.not_saved.clone();
+        let (mut not_saved, mut fewer_copies) = (self.not_saved.clone(), self.fewer_copies.clone());
         not_saved.sort_unstable_by_key(|missed| missed.chunk);
+        fewer_copies.sort_unstable_by_key(|fewer| fewer.chunk);
         let outcome = match not_saved.first() {
             None => Outcome::Done,
             Some(_) if self.shared.cancelled.load(Relaxed) => Outcome::Cancelled,
             Some(_) => Outcome::Failed,
         };
-        let message = not_saved.first().map_or(String::new(), |first| {
-            format!(
-                "{} of {} chunks were not saved, the first of them chunk {}: {}",
+        let chunks = self.shared.chunks.len();
+        let message = match (not_saved.first(), fewer_copies.first()) {
+            (Some(first), _) => format!(
+                "{} of {chunks} chunks were not saved, the first of them chunk {}: {}",
                 not_saved.len(),
-                self.shared.chunks.len(),
                 first.chunk,
                 first.reason
-            )
-        });
+            ),
+            (None, Some(first)) => format!(
+                "{} of {chunks} chunks are on fewer stores than --replicas says, the first of them chunk {} on {} of {}: {}",
+                fewer_copies.len(),
+                first.chunk,
+                first.copies,
+                first.replicas,
+                first.reason
+            ),
+            (None, None) => String::new(),
+        };
         Completion::Saved {
             id: self.owner.command,
             outcome,
@@ -246,6 +272,7 @@ impl Active {
             already_stored: self.already_stored,
             encoded_bytes: self.encoded_bytes,
             not_saved,
+            fewer_copies,
             message,
         }
     }

@@ -267,6 +267,20 @@ impl OfferEngine {
         }
     }
 
+    /// Ends an offer now as its deadline would; nothing if it has ended.
+    pub fn give_up(&mut self, offer: OfferId) {
+        if let Some(slot) = self.find(offer.0)
+            && let Some(failure) = self.slots[slot].late()
+        {
+            self.end(slot, OfferEnd::Failed(failure));
+        }
+    }
+
+    /// How often a chunk was offered since its store was heard of it; 0 if it has ended.
+    pub fn unanswered(&self, offer: OfferId) -> u8 {
+        self.find(offer.0).map_or(0, |slot| self.slots[slot].backoff)
+    }
+
     /// Takes in a UDP payload that came from `from`, which is `store`. An error is counted already.
     pub fn handle_datagram(
         &mut self,
@@ -381,14 +395,9 @@ impl OfferEngine {
             return;
         }
         for slot in 0..self.slots.len() {
-            let Slot { state, deadline, .. } = self.slots[slot];
-            let failure = match state {
-                State::Free | State::Ended(_) => continue,
-                State::Offering => OfferFailure::Silent,
-                State::UnderWay => OfferFailure::Deadline,
-                State::Busy => OfferFailure::Busy,
-            };
-            if deadline <= now {
+            if let Some(failure) = self.slots[slot].late()
+                && self.slots[slot].deadline <= now
+            {
                 self.end(slot, OfferEnd::Failed(failure));
             }
         }
@@ -469,6 +478,16 @@ impl OfferEngine {
 }
 
 impl Slot {
+    /// Why its time was not enough, if it has not ended.
+    fn late(&self) -> Option<OfferFailure> {
+        Some(match self.state {
+            State::Free | State::Ended(_) => return None,
+            State::Offering => OfferFailure::Silent,
+            State::UnderWay => OfferFailure::Deadline,
+            State::Busy => OfferFailure::Busy,
+        })
+    }
+
     fn is_open(&self) -> bool {
         matches!(self.state, State::Offering | State::UnderWay | State::Busy)
     }
