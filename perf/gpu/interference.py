@@ -34,6 +34,8 @@ LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, DIM, BATCH = 32, 4096, 14336, 32,
 
 
 # The baseline on streams of the step's own priority, and on such as go before it.
+# Decode lcores of the whole data planes, on less than 24 CPUs and on more.
+DECODE_LCORES = {"zstd": (10, 12), "sliced": (4, 6), "none": (3, 5)}
 PARTS = ("p50_ms", "mean_ms", "p99_ms")
 BASELINES = {"on_gpu": 0, "on_gpu_first": -1}
 
@@ -99,12 +101,11 @@ def main():
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--batch-chunks", type=int, default=8, help="chunks that the baseline decompresses at once")
     parser.add_argument("--kv-gbytes", type=float, default=30)
+    parser.add_argument("--compression", default="sliced,zstd", help="of the whole data planes; the last one's ratio is that of the rates")
     parser.add_argument("--cpus", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", default="/dev/shm")
     parser.add_argument("--plot")
     options = parser.parse_args()
-    # Two CPUs are for the engine and what feeds it.
-    count, _, store_lcores, lcores = next(placements([12 if options.cpus >= 24 else 10], options.cpus - 2, "zstd"))
     file = compose(options.chunks, options.folder)
     (layers, tokens, heads, dim), _ = tokens_of(file)
     cache = Cache("pages_nhd", layers, 2 * tokens // 16, 16, heads, dim, torch.bfloat16)
@@ -143,12 +144,24 @@ def main():
 
         before = alone()
         duration_ms = int(1000 + options.steps * before["p50_ms"] * 1.3)
-        with cluster(file, lcores, store_lcores, slots=2 * count + 16, mbufs=32768, window=4096) as running:
-            ratio = running.ready()["ratio"]
-            ours, report = beside(["bench", "pages", "--pages", pages, "--tokens-from", file, "--chunks", 1, "--fetches", 4,
-                                   "--duration-ms", duration_ms, "--socket", running.socket], duration_ms / 1000)
-        end_to_end = {"lcores": lcores, "encoded_gbps": report["encoded_gbps"], "delivered_gbps": report["delivered_gbps"], "alone": before,
-                      "ours": ours, "ours_over_alone_p50": ours["p50_ms"] / before["p50_ms"]}
+        end_to_end = []
+        for compression in options.compression.split(","):
+            # Two CPUs are for the engine and what feeds it.
+            count = DECODE_LCORES[compression][options.cpus >= 24]
+            _, queues, store_lcores, lcores = next(placements([count], options.cpus - 2, compression))
+            before = alone()
+            with cluster(file, lcores, store_lcores, slots=2 * count + 16, mbufs=32768, window=max(4096, 2048 * queues),
+                         store_flags=["--compression", compression]) as running:
+                ratio = running.ready()["ratio"]
+                ours, report = beside(["bench", "pages", "--pages", pages, "--tokens-from", file, "--chunks", 1, "--fetches", 4,
+                                       "--duration-ms", duration_ms, "--socket", running.socket], duration_ms / 1000)
+            end_to_end.append({
+                "compression": compression, "lcores": lcores, "encoded_gbps": report["encoded_gbps"],
+                "delivered_gbps": report["delivered_gbps"], "alone": before, "ours": ours,
+                "ours_over_alone_p50": ours["p50_ms"] / before["p50_ms"], "ours_over_alone_p99": ours["p99_ms"] / before["p99_ms"],
+            })
+            print(f"end to end, {compression}: {report['encoded_gbps']:.1f} encoded, {report['delivered_gbps']:.1f} delivered, p50 "
+                  f"{end_to_end[-1]['ours_over_alone_p50']:.3f}, p99 {end_to_end[-1]['ours_over_alone_p99']:.3f}", file=sys.stderr, flush=True)
         encode(file, pathlib.Path(folder) / "chunks")
         baseline = OnGpu(pathlib.Path(folder) / "chunks", options.batch_chunks)
         for rate in [float(rate) for rate in options.rates.split(",")]:

@@ -234,7 +234,7 @@ class OnGpu:
 
 
 def encode(file, output):
-    subprocess.run([BINARY, "encode", "--input", str(file), "--codec", "int4", "--out", str(output)], check=True,
+    subprocess.run([BINARY, "encode", "--input", str(file), "--codec", "int4", "--compression", "zstd", "--out", str(output)], check=True,
                    stdout=subprocess.DEVNULL)
 
 
