@@ -11,7 +11,7 @@ use hugepages::DeviceWritable;
 use crate::doctor::{Finding, graded};
 
 /// A port that fills buffers without a look at them.
-pub(crate) const NULL_PORT: &str = "net_null0";
+pub(crate) const NULL_PORT: &str = "net_null9";
 
 /// Buffers that are made to try.
 const BUFFERS: u32 = 256;
