@@ -12,7 +12,7 @@ use gpu_dma::{DeviceIndex, NicUnfit, PagedMemory, ReceiveMemory, SlotOrder};
 use iface::{Counter, Direct, DirectDatagram, DirectError};
 use protocol::reason::DropReason;
 use protocol::time::Instant;
-use protocol::wire::message::Message;
+use protocol::wire::message::{self, Message};
 use protocol::{Accepted, FetchEngine, StoreIndex};
 
 use crate::chunk_layout::EncodedChunks;
@@ -118,16 +118,16 @@ pub(crate) struct DirectQueue {
 }
 
 impl DirectQueue {
-    /// Whether the answer to `message`, which is about to be sent to `store`, is to come to GPU memory. Decided once for each plane.
+    /// Whether the answer to `pull`, if it is one, which is about to be sent to `store`, is to come to GPU memory. Decided once for each plane.
     pub(crate) fn wants(
         &self,
         engine: &FetchEngine<EncodedChunks>,
         planes: &mut Planes,
         parts: &mut Parts,
         store: StoreIndex,
-        message: &[u8],
+        pull: &[u8],
     ) -> bool {
-        let Ok(Message::Pull(pull)) = Message::new_checked(message) else { return false };
+        let Ok(Message::Pull(pull)) = Message::new_checked(pull) else { return false };
         let tag = pull.range.tag;
         let Some((transfer, fetch, chunk, plane, header)) = engine.plane_of(tag) else { return false };
         let Some(job) = &mut planes.0[transfer.slot()] else { return false };
@@ -157,7 +157,7 @@ impl DirectQueue {
             })
     }
 
-    /// Takes in a segment that lies in GPU memory.
+    /// Takes in a segment that lies in GPU memory: of a plane that was asked for so, and of no other, whoever sends it.
     pub(crate) fn take(
         &mut self,
         engine: &mut FetchEngine<EncodedChunks>,
@@ -169,10 +169,20 @@ impl DirectQueue {
     ) -> Result<(), DropReason> {
         let DirectDatagram { marked, mbuf, segment, is_verified, .. } = datagram;
         let Some(buffer) = segment else { return Err(DropReason::BadLength) };
-        if !is_verified {
-            self.counters.unverified.add(1);
-            self.give_up(engine, planes, store, mbuf.data());
-            return Err(DropReason::BadUdpChecksum);
+        let tag = message::data_header(mbuf.data()).map(|data| data.tag).ok_or(DropReason::BadType)?;
+        // Of what is not being received the engine says why it is dropped.
+        if let Some((transfer, ..)) = engine.plane_of(tag) {
+            let job = planes.0[transfer.slot()].as_deref_mut();
+            let route =
+                job.and_then(|job| job.route.as_mut()).filter(|route| route.tag == tag && route.is_direct);
+            let route = route.ok_or(DropReason::ForeignPort)?;
+            if !is_verified {
+                // What else is asked of this store comes to host memory; what was asked already is asked again once it counts as lost.
+                route.is_direct = false;
+                self.stores[usize::from(store.0)] = false;
+                self.counters.unverified.add(1);
+                return Err(DropReason::BadUdpChecksum);
+            }
         }
         let now = Instant::from_nanos(now_ns);
         let accepted = engine.handle_data_header(now, store, marked, mbuf.data(), buffer.bytes())?;
@@ -183,27 +193,6 @@ impl DirectQueue {
         job.buffers[segment] = Some(buffer);
         job.buffer_count += 1;
         Ok(())
-    }
-
-    /// A store's segments cannot be trusted unread: what else is asked of it comes to host memory, what was asked already is asked again once it
-    /// counts as lost.
-    #[cold]
-    fn give_up(
-        &mut self,
-        engine: &FetchEngine<EncodedChunks>,
-        planes: &mut Planes,
-        store: StoreIndex,
-        header: &[u8],
-    ) {
-        self.stores[usize::from(store.0)] = false;
-        let tag = protocol::wire::message::data_header(header).map(|data| data.tag);
-        let plane = tag.and_then(|tag| engine.plane_of(tag));
-        if let Some((transfer, ..)) = plane
-            && let Some(job) = &mut planes.0[transfer.slot()]
-            && let Some(route) = &mut job.route
-        {
-            route.is_direct &= route.tag != transfer.tag();
-        }
     }
 
     /// Makes a plane of the segments of a job, of which at least one lies in GPU memory. Afterwards its outcome is still pending, or the plane is to be pulled again.

@@ -438,6 +438,7 @@ fn raw_planes_go_straight_into_gpu_memory() {
         buffers_stay_until_the_copies_have_ended(bench, &raw);
         refused_copies(bench, &raw);
         what_is_no_segment_is_dropped(bench, &raw);
+        nobody_else_chooses_the_way(bench, &Library::new(Codec::Lossless.into(), 6));
     })
     .unwrap();
     packets_on_the_wrong_queue(&eal, &fake, &raw);
@@ -621,6 +622,25 @@ fn what_is_no_segment_is_dropped(bench: &mut Bench, library: &Library) {
         }
         packets.splice(0..0, forged);
     });
+}
+
+/// Planes that have to be decoded are sent to GPU memory too, and first: none of it is taken for what the pages are to hold.
+fn nobody_else_chooses_the_way(bench: &mut Bench, library: &Library) {
+    let (local, mac) = (bench.store.local, bench.store.plane_mac);
+    let foreign = |bench: &Bench| bench.stats()["counters"]["dropped"]["foreign_port"].as_u64().unwrap();
+    let before = foreign(bench);
+    fetch_pages(bench, library, (0, 16, false), Way::Host, &mut |packets| {
+        let to = Peer { mac, ip: "10.98.0.2".parse().unwrap(), port: PORTS[1] };
+        let mut both = Vec::new();
+        for packet in packets.drain(..) {
+            let payload = &packet.bytes[frames::HEADERS..];
+            both.push(Packet { bytes: frames::datagram(&local, &to, payload), queue: 1 });
+            both.push(packet);
+        }
+        packets.extend(both);
+    });
+    assert!(foreign(bench) > before);
+    assert_eq!((bench.count("planes_mixed"), bench.count("packets_unverified")), (0, 0));
 }
 
 /// Packets of one plane come to both queues: it is pulled again, and from then on to host memory.
