@@ -18,7 +18,6 @@ mod job;
 mod latency;
 mod metrics;
 mod offload;
-mod paths;
 mod pipeline;
 mod placement;
 pub mod receive_only;

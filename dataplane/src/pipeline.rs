@@ -15,6 +15,7 @@ use gpu_dma::{DriverError, ReceiveMemory, Sinks, Sources};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
 use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
 use protocol::frame::max_segment_bytes;
+use protocol::paths::Paths;
 use protocol::put::{OfferConfig, OfferEngine};
 use protocol::wire::message::MAX_CONTROL_BYTES;
 use protocol::{FetchConfig, FetchEngine, ServeConfig};
@@ -29,7 +30,6 @@ use crate::gpu::Gpus;
 use crate::job::PlaneJob;
 use crate::latency::Latencies;
 use crate::offload::{DeviceOffload, device_config};
-use crate::paths::Paths;
 use crate::placement::StageKind;
 use crate::rx::{Parts, PlaneCounters, Planes, RxRings, RxStage, StoreAddress};
 use crate::save::encode::{EncodeCounters, EncodeRings, EncodeStage, STAGING_SLOTS};
@@ -468,10 +468,9 @@ impl StageBuilder<'_> {
             stores: self.stores.clone(),
             macs: vec![None; self.stores.len()],
             paths: Paths::new(
-                self.stores.len(),
+                self.store_count(),
                 self.budget.segment_bytes,
                 self.budget.max_segment_bytes,
-                self.config.iface.address.ip.is_ipv6(),
                 seed(),
             ),
             link,
@@ -516,6 +515,10 @@ impl StageBuilder<'_> {
         })
     }
 
+    fn store_count(&self) -> u16 {
+        u16::try_from(self.stores.len()).unwrap_or(u16::MAX)
+    }
+
     /// What offers encoded chunks on one queue.
     fn offers(&self, queue: usize) -> Result<Offers, BuildError> {
         let serve = ServeConfig {
@@ -528,6 +531,8 @@ impl StageBuilder<'_> {
         };
         let engine = OfferEngine::new(OfferConfig {
             max_offers: self.config.save_offers()?,
+            stores: self.store_count(),
+            segment_bytes: self.budget.segment_bytes,
             rto_min: self.config.rto_min,
             rto_max: MAX_OFFER_RTO,
             serve,

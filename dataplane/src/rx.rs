@@ -9,6 +9,7 @@ use dpdk::{Mbuf, Ring, RingReceiver, RingSender};
 use iface::steer::PortMap;
 use iface::{Counter, Link, LinkCounters, Outgoing, Stage};
 use protocol::frame::Peer;
+use protocol::paths::Paths;
 use protocol::put::OfferTo;
 use protocol::reason::DropReason;
 use protocol::time::Instant;
@@ -24,7 +25,6 @@ use crate::job::{
     REJECTED_SHAPE, REJECTED_UNDECODABLE, missing_reason,
 };
 use crate::latency::Latencies;
-use crate::paths::Paths;
 use crate::save::offers::Offers;
 
 /// Where a store is reached.
@@ -139,6 +139,9 @@ impl Stage for RxStage {
         work += self.offers.poll(now);
         self.link.poll_neighbours(now_ns);
         self.take_path_errors(now);
+        while let Some(store) = self.engine.poll_suspect().or_else(|| self.offers.poll_suspect()) {
+            self.paths.handle_silence(now, store, self.engine.round_trip(store));
+        }
         work + self.transmit(now)
     }
 }
@@ -152,9 +155,10 @@ impl RxStage {
                 return link_counters.dropped.add(DropReason::UnknownPeer);
             };
             let result = match ports.queue(usize::from(store.0), datagram.to_port) {
-                Some(owner) if owner == *queue && Paths::is_reply(datagram.mbuf.data()) => {
+                Some(owner) if owner == *queue && Paths::takes(datagram.mbuf.data()) => {
                     let now = Instant::from_nanos(now_ns);
-                    let answered = paths.handle(now, engine, store, datagram.mbuf.data());
+                    let tell = |store, bytes| set_segment_bytes(engine, offers, store, bytes);
+                    let answered = paths.handle_datagram(now, store, datagram.mbuf.data(), tell);
                     answered.inspect(|()| counters.control_accepted.add(1))
                 }
                 Some(owner) if owner == *queue && offers.takes(datagram.mbuf.data()) => {
@@ -219,7 +223,11 @@ impl RxStage {
     #[cold]
     fn take_path_error(&mut self, now: Instant, store: StoreIndex, error: &PathError) {
         match error.cause {
-            Cause::TooBig { mtu_bytes } => self.paths.handle_too_big(now, store, mtu_bytes),
+            Cause::TooBig { mtu_bytes } => {
+                // IP and UDP header before a message.
+                let header_bytes = if error.to.0.is_ipv6() { 48 } else { 28 };
+                self.paths.handle_hint(now, store, mtu_bytes.saturating_sub(header_bytes));
+            }
             Cause::PortUnreachable | Cause::Unreachable => {
                 let quote = error.quote.bytes();
                 if !self.offers.handle_unreachable(store, quote) {
@@ -254,8 +262,9 @@ impl RxStage {
             });
             let Self { engine, paths, planes, offers, counters, .. } = &mut *self;
             let result = match peer {
-                _ if Paths::is_reply(mbuf.data()) => {
-                    let answered = paths.handle(now, engine, store, mbuf.data());
+                _ if Paths::takes(mbuf.data()) => {
+                    let tell = |store, bytes| set_segment_bytes(engine, offers, store, bytes);
+                    let answered = paths.handle_datagram(now, store, mbuf.data(), tell);
                     answered.inspect(|()| counters.control_accepted.add(1))
                 }
                 Some(peer) if offers.takes(mbuf.data()) => {
@@ -454,8 +463,9 @@ impl RxStage {
         if macs.iter().any(Option::is_some) {
             let from_port = |store: StoreIndex| ports.port(usize::from(store.0), *queue);
             let mut write = |buffer: &mut [u8]| {
+                let mut tell = |store, bytes| set_segment_bytes(engine, offers, store, bytes);
                 while paths.is_due(now)
-                    && let Some((store, bytes)) = paths.poll_transmit(now, engine, buffer)
+                    && let Some((store, bytes)) = paths.poll_transmit(now, buffer, &mut tell)
                 {
                     if let Some(to) = address(stores, macs, store) {
                         return Some(outgoing(from_port(store), to, bytes, false));
@@ -577,6 +587,17 @@ fn outgoing(from_port: u16, to: Peer, payload_bytes: usize, covered: bool) -> Ou
 }
 
 /// Gives a datagram to what offers chunks.
+/// What a path carries has changed.
+fn set_segment_bytes(
+    engine: &mut FetchEngine<EncodedChunks>,
+    offers: &mut Offers,
+    store: StoreIndex,
+    bytes: u16,
+) {
+    engine.set_segment_bytes(store, bytes);
+    offers.set_segment_bytes(store, bytes);
+}
+
 fn take_offer(
     offers: &mut Offers,
     counters: &PlaneCounters,

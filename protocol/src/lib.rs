@@ -12,6 +12,7 @@
 //! - [`serve`]: the store's engine, which sends what it was asked for, in fair turns, and remembers nothing else;
 //! - [`put`]: the other direction, from a data plane into a store: both ends;
 //! - [`key`]: how chunks are named;
+//! - [`paths`], [`path_mtu`]: how large a segment each path carries, found by probes;
 //! - [`placement`]: which stores hold which chunk;
 //! - [`reason`]: why a received packet was dropped, for counters.
 #![forbid(unsafe_code)]
@@ -22,6 +23,7 @@ pub mod frame;
 pub mod key;
 pub mod neighbour;
 pub mod path_mtu;
+pub mod paths;
 pub mod placement;
 pub mod put;
 pub mod reason;

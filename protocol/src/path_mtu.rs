@@ -2,19 +2,25 @@
 //!
 //! A PROBE of a size is answered by a PROBE_REPLY of that size, so one that comes back has shown both directions. The largest size that
 //! the own port allows is tried first, then sizes between what is known to arrive and what did not, and the size in use is tried again
-//! from time to time: a path may change. A size counts as not carried after three probes without an answer; what an ICMP message says can
-//! only make that be looked at sooner.
+//! from time to time: a path may change. A size counts as not carried after three probes without an answer, but only on a path that
+//! answers at all: else the least size is tried until it does (RFC 8899's base state), and then all the others. What an ICMP message says,
+//! and that large segments stay away, can only make that be looked at sooner.
 //!
 //! Call order: [`PathMtu::poll_transmit`] when [`PathMtu::poll_timeout`] is reached, [`PathMtu::handle_reply`] for each PROBE_REPLY;
 //! [`PathMtu::bytes`] is what may be used.
 
-use crate::time::Instant;
+use std::time::Duration;
+
+use crate::time::{Instant, nanos_of};
 use crate::wire::message::{self, PROBE_HEADER_BYTES, Probe};
 
 /// Unanswered probes after which a size counts as not carried.
 const TRIES: u8 = 3;
 /// Time that a probe has to be answered.
 const PATIENCE_NANOS: u64 = 200_000_000;
+/// The same where large segments stay away, at least: a round trip is known then, and a few of them are enough.
+const LEAST_PATIENCE_NANOS: u64 = 5_000_000;
+const PATIENCE_ROUND_TRIPS: u32 = 8;
 /// Sizes nearer to each other than this are not told apart.
 const GRAIN_BYTES: u16 = 64;
 /// Time after which the size in use is tried again.
@@ -29,6 +35,9 @@ enum Doing {
     Searching { fails_from: u16 },
     /// Whether it still carries what is in use.
     Confirming,
+    /// Whether it carries anything: the least size, until there is an answer. If that is all that is to be known, the answer ends the
+    /// search, else it begins one.
+    Reviving { then_search: bool },
     /// Nothing, until `next_at`.
     Resting,
 }
@@ -45,6 +54,10 @@ pub struct PathMtu {
     /// The probe under way, if one is.
     probe: Option<Probe>,
     tries: u8,
+    /// Whether anything was answered since the search began.
+    is_answered: bool,
+    /// Time that each probe has.
+    patience_nanos: u64,
     next_id: u32,
     next_at: Instant,
     raise_at: Instant,
@@ -60,13 +73,11 @@ impl PathMtu {
             least,
             most,
             bytes: least,
-            doing: if most > least {
-                Doing::Searching { fails_from: most.saturating_add(1) }
-            } else {
-                Doing::Resting
-            },
+            doing: if most > least { Doing::Searching { fails_from: u16::MAX } } else { Doing::Resting },
             probe: None,
             tries: 0,
+            is_answered: false,
+            patience_nanos: PATIENCE_NANOS,
             next_id: seed,
             next_at: if most > least { Instant::ZERO } else { Instant::FAR },
             raise_at: Instant::FAR,
@@ -83,8 +94,15 @@ impl PathMtu {
         match self.doing {
             Doing::Searching { fails_from } if fails_from > self.most => self.most,
             Doing::Searching { fails_from } => self.bytes + (fails_from - self.bytes) / 2,
+            Doing::Reviving { .. } => self.least,
             Doing::Confirming | Doing::Resting => self.bytes,
         }
+    }
+
+    /// Begins a search with the most.
+    fn search(&mut self) {
+        self.doing = Doing::Searching { fails_from: u16::MAX };
+        self.is_answered = false;
     }
 
     /// When [`PathMtu::poll_transmit`] has something to do, if ever.
@@ -107,18 +125,18 @@ impl PathMtu {
             if now < self.next_at {
                 return None;
             }
-            self.doing = if now >= self.raise_at && self.bytes < self.most {
-                Doing::Searching { fails_from: self.most.saturating_add(1) }
+            if now >= self.raise_at && self.bytes < self.most {
+                self.search();
             } else if self.bytes > self.least {
-                Doing::Confirming
+                self.doing = Doing::Confirming;
             } else {
                 self.next_at = self.raise_at;
                 return None;
-            };
+            }
         }
         let probe = Probe { id: self.next_id, bytes: self.candidate(), epoch: 0 };
         self.next_id = self.next_id.wrapping_add(1);
-        self.next_at = now.plus_nanos(PATIENCE_NANOS);
+        self.next_at = now.plus_nanos(self.patience_nanos);
         let written = message::emit_probe(out, &probe, false)?;
         self.probe = Some(probe);
         Some(written)
@@ -130,11 +148,19 @@ impl PathMtu {
         else {
             return false;
         };
-        (self.probe, self.tries) = (None, 0);
+        (self.probe, self.tries, self.is_answered) = (None, 0, true);
         match self.doing {
             Doing::Searching { fails_from } => {
                 self.bytes = probe.bytes;
                 self.search_on(now, fails_from);
+            }
+            Doing::Reviving { then_search: true } => {
+                self.search();
+                self.next_at = now;
+            }
+            Doing::Reviving { then_search: false } => {
+                self.raise_at = now.plus_nanos(RAISE_NANOS);
+                self.rest(now);
             }
             Doing::Confirming | Doing::Resting => self.rest(now),
         }
@@ -149,16 +175,34 @@ impl PathMtu {
         }
     }
 
+    /// Takes in that large segments stay away, on a path of such a round trip: what is in use is looked at now, and the probes are repeated
+    /// soon (the black hole detection of RFC 8899 section 4.3).
+    pub fn handle_silence(&mut self, now: Instant, round_trip: Option<Duration>) {
+        let may_confirm = matches!(self.doing, Doing::Resting | Doing::Searching { .. });
+        if may_confirm && self.bytes > self.least {
+            if self.doing != Doing::Resting {
+                // What is in use matters more than what could be.
+                (self.doing, self.probe, self.tries) = (Doing::Confirming, None, 0);
+                self.raise_at = now.plus_nanos(RAISE_NANOS);
+            }
+            self.next_at = now;
+            let some = round_trip.map_or(PATIENCE_NANOS, |rtt| nanos_of(rtt * PATIENCE_ROUND_TRIPS));
+            self.patience_nanos = some.clamp(LEAST_PATIENCE_NANOS, PATIENCE_NANOS);
+        }
+    }
+
     /// The size under way is not carried.
     fn lost(&mut self, now: Instant) {
         let candidate = self.candidate();
         self.tries = 0;
         match self.doing {
             Doing::Searching { .. } => self.search_on(now, candidate),
-            Doing::Confirming | Doing::Resting => {
-                // Anything can have happened to the path: from the beginning, at once.
+            Doing::Confirming | Doing::Resting | Doing::Reviving { .. } => {
+                // Anything can have happened to the path: from the beginning, once it answers.
                 self.bytes = self.least;
-                self.search_on(now, candidate);
+                self.doing = Doing::Reviving { then_search: true };
+                self.patience_nanos = PATIENCE_NANOS;
+                self.next_at = now;
             }
         }
     }
@@ -166,6 +210,9 @@ impl PathMtu {
     fn search_on(&mut self, now: Instant, fails_from: u16) {
         if fails_from - self.bytes > GRAIN_BYTES && self.bytes < self.most {
             self.doing = Doing::Searching { fails_from };
+            self.next_at = now;
+        } else if !self.is_answered {
+            self.doing = Doing::Reviving { then_search: false };
             self.next_at = now;
         } else {
             self.raise_at = now.plus_nanos(RAISE_NANOS);
@@ -175,6 +222,7 @@ impl PathMtu {
 
     fn rest(&mut self, now: Instant) {
         self.doing = Doing::Resting;
+        self.patience_nanos = PATIENCE_NANOS;
         if self.bytes >= self.most {
             self.raise_at = Instant::FAR;
         }

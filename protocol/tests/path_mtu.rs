@@ -82,6 +82,47 @@ fn a_path_that_shrinks_is_found_out_and_one_that_grows() {
 }
 
 #[test]
+fn silence_makes_it_look_sooner_and_repeat_soon() {
+    let (mut search, mut path, mut now) = (PathMtu::new(LEAST, MOST, 1), path(MOST), Duration::ZERO);
+    run(&mut search, &mut path, &mut now, Duration::from_secs(1));
+    let round_trip = Some(Duration::from_micros(50));
+    // Nothing is wrong: one probe, no change.
+    search.handle_silence(Instant::ZERO + now, round_trip);
+    let soon = now + Duration::from_millis(20);
+    run(&mut search, &mut path, &mut now, soon);
+    assert_eq!((search.bytes(), path.probes), (MOST, 2));
+    path.carries = LEAST;
+    search.handle_silence(Instant::ZERO + now, round_trip);
+    let soon = now + Duration::from_millis(20);
+    run(&mut search, &mut path, &mut now, soon);
+    assert_eq!(search.bytes(), LEAST, "found out in three probes of 5 ms");
+}
+
+#[test]
+fn a_path_that_is_down_says_nothing_about_what_it_carries() {
+    let (mut search, mut path, mut now) = (PathMtu::new(LEAST, MOST, 1), path(MOST), Duration::ZERO);
+    run(&mut search, &mut path, &mut now, Duration::from_secs(1));
+    for outage in [1, 30] {
+        path.carries = 0;
+        search.handle_silence(Instant::ZERO + now, None);
+        let end = now + Duration::from_secs(outage);
+        run(&mut search, &mut path, &mut now, end);
+        assert_eq!(search.bytes(), LEAST);
+        path.carries = MOST;
+        let end = now + Duration::from_secs(1);
+        run(&mut search, &mut path, &mut now, end);
+        assert_eq!(search.bytes(), MOST, "back at once after {outage} s");
+    }
+    // The same when it is down from the beginning.
+    let (mut search, mut now) = (PathMtu::new(LEAST, MOST, 2), Duration::ZERO);
+    path.carries = 0;
+    run(&mut search, &mut path, &mut now, Duration::from_secs(8));
+    path.carries = MOST;
+    run(&mut search, &mut path, &mut now, Duration::from_secs(9));
+    assert_eq!(search.bytes(), MOST);
+}
+
+#[test]
 fn a_hint_only_makes_it_look_sooner() {
     let (mut search, mut path, mut now) = (PathMtu::new(LEAST, MOST, 1), path(MOST), Duration::ZERO);
     run(&mut search, &mut path, &mut now, Duration::from_secs(1));

@@ -101,6 +101,8 @@ struct World {
     now: u64,
     faults: Faults,
     latency_nanos: u64,
+    /// Larger messages do not arrive.
+    carries_bytes: usize,
     store: Store,
     planes: Vec<DataPlane>,
     wire: BinaryHeap<Reverse<(u64, u64)>>,
@@ -130,13 +132,19 @@ fn accept_config() -> AcceptConfig {
 }
 
 fn offer_engine(epoch: u64) -> OfferEngine {
-    OfferEngine::new(OfferConfig {
+    OfferEngine::new(offer_config(epoch))
+}
+
+fn offer_config(epoch: u64) -> OfferConfig {
+    OfferConfig {
         max_offers: 4,
+        stores: 1,
+        segment_bytes: 512,
         rto_min: Duration::from_micros(300),
         rto_max: Duration::from_millis(20),
         serve: ServeConfig { epoch, max_segment_bytes: 512, max_pending_pulls: 16, ..ServeConfig::default() },
         seed: epoch as u32,
-    })
+    }
 }
 
 impl World {
@@ -150,6 +158,7 @@ impl World {
             now: 1,
             faults: Faults::default(),
             latency_nanos: 20_000,
+            carries_bytes: usize::MAX,
             store: Store {
                 engine: AcceptEngine::new(config),
                 config,
@@ -208,7 +217,7 @@ impl World {
         // One packet a microsecond, whoever sends.
         self.busy_until = self.busy_until.max(self.now) + 1000;
         for _ in 0..1 + u32::from(self.random.chance(self.faults.duplication)) {
-            if self.random.chance(self.faults.loss) {
+            if payload.len() > self.carries_bytes || self.random.chance(self.faults.loss) {
                 continue;
             }
             let mut bytes = payload.to_vec();
@@ -572,6 +581,32 @@ fn what_cannot_be_stored_is_refused_with_the_reason() {
         world.assert_quiet();
         assert_eq!(world.end(0, id), OfferEnd::Failed(OfferFailure::Refused(status)));
     }
+}
+
+#[test]
+fn a_path_that_carries_less_than_before_gets_smaller_segments() {
+    let config = AcceptConfig { segment_bytes: 1024, silence: Duration::from_secs(3), ..accept_config() };
+    let mut world = World::new(12, 1, config);
+    world.planes[0].engine = OfferEngine::new(OfferConfig {
+        segment_bytes: 256,
+        serve: ServeConfig { epoch: 100, max_segment_bytes: 1024, ..ServeConfig::default() },
+        ..offer_config(100)
+    });
+    world.planes[0].engine.set_segment_bytes(StoreIndex(0), 1024 + 31);
+    // They were found to be carried; by now only smaller ones are.
+    world.carries_bytes = 512;
+    let id = world.offer(0, 1, 2 * SECOND);
+    while world.planes[0].engine.poll_suspect().is_none() {
+        let soon = world.now + MILLISECOND;
+        assert!(soon < SECOND, "it is suspected in time");
+        world.run_until(soon);
+    }
+    world.planes[0].engine.set_segment_bytes(StoreIndex(0), 0);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.end(0, id), OfferEnd::Stored);
+    assert!(world.planes[0].ends[&id.handle()].0 < 2 * SECOND);
+    assert_eq!(world.store.engine.counters().dropped, 1, "begun anew, once");
 }
 
 #[test]

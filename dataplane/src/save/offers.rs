@@ -140,6 +140,16 @@ impl Offers {
         self.engine.handle_unreachable(store, quote)
     }
 
+    /// The path to a store carries segments of up to so many bytes.
+    pub(crate) fn set_segment_bytes(&mut self, store: StoreIndex, bytes: u16) {
+        self.engine.set_segment_bytes(store, bytes);
+    }
+
+    /// A store to which large segments seem not to come through.
+    pub(crate) fn poll_suspect(&mut self) -> Option<StoreIndex> {
+        self.engine.poll_suspect()
+    }
+
     /// Takes encoded chunks, lets time pass, and gives back what has ended. Returns how much that was.
     pub(crate) fn poll(&mut self, now: Instant) -> usize {
         let mut work = 0;

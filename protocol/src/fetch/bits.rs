@@ -15,6 +15,11 @@ pub(crate) fn clear(map: &mut [u64], bit: u32) {
     map[(bit / 64) as usize] &= !(1 << (bit % 64));
 }
 
+#[inline]
+pub(crate) fn is_set(map: &[u64], bit: u32) -> bool {
+    map[(bit / 64) as usize] >> (bit % 64) & 1 == 1
+}
+
 /// The first bit from `from` on that is set, or `end`.
 pub(crate) fn next_set(map: &[u64], from: u32, end: u32) -> u32 {
     scan(map, from, end, 0)
@@ -43,16 +48,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn get(map: &[u64], bit: u32) -> bool {
-        map[(bit / 64) as usize] >> (bit % 64) & 1 == 1
-    }
-
     proptest! {
         #[test]
         fn scans_equal_bit_by_bit(map in proptest::collection::vec(any::<u64>(), 3), mask in 0_u32..4, from in 0_u32..192, end in 0_u32..=192) {
             // Long runs of equal bits too, not only noise.
             let map: Vec<u64> = map.iter().map(|word| match mask { 0 => 0, 1 => u64::MAX, _ => *word }).collect();
-            let slow = |want: bool| (from..end).find(|bit| get(&map, *bit) == want).unwrap_or(end);
+            let slow = |want: bool| (from..end).find(|bit| is_set(&map, *bit) == want).unwrap_or(end);
             prop_assert_eq!(next_set(&map, from, end), slow(true));
             prop_assert_eq!(next_clear(&map, from, end), slow(false));
         }

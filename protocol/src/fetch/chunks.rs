@@ -16,6 +16,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let planes = self.jobs[job.at()].expect.planes();
         let todo = self.todo_range(index);
         self.chunk_todo[todo.clone()].fill(0);
+        self.chunk_begun[todo.clone()].fill(0);
         let mut missing = 0;
         for plane in (first_plane..planes).step_by(usize::from(self.config.queues)) {
             bits::set(&mut self.chunk_todo[todo.clone()], plane);
@@ -33,7 +34,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.ask_first(self.chunk_query(index));
     }
 
-    fn count_chunk(&mut self, store: StoreIndex) {
+    pub(super) fn count_chunk(&mut self, store: StoreIndex) {
         let store = self.store(store);
         store.chunks += 1;
         self.busy_stores += u32::from(store.chunks == 1);
@@ -59,8 +60,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
     }
 
-    /// Puts a chunk with planes to start into its fetch's list, if it is not there.
+    /// Puts a chunk into its fetch's list of those with planes to start, if it has some and is not there.
     pub(super) fn list_to_start(&mut self, index: ChunkIndex) {
+        if !self.has_todo(index) {
+            return;
+        }
         let slot = &mut self.chunks[index.at()];
         let job = slot.job;
         if !slot.listed {
@@ -68,6 +72,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
             self.jobs[job.at()].to_start.push_back(&mut self.chunk_links, index);
         }
         self.make_ready(job);
+    }
+
+    /// Whether a chunk has planes to start.
+    pub(super) fn has_todo(&self, index: ChunkIndex) -> bool {
+        self.chunk_todo[self.todo_range(index)].iter().any(|word| *word != 0)
     }
 
     pub(super) fn unlist_chunk(&mut self, index: ChunkIndex) {
@@ -97,7 +106,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.pull_header(index);
     }
 
-    fn pull_header(&mut self, index: ChunkIndex) {
+    pub(super) fn pull_header(&mut self, index: ChunkIndex) {
         let slot = &mut self.chunks[index.at()];
         slot.state = ChunkState::Header;
         slot.hedge_at = Instant::FAR;
@@ -142,10 +151,15 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         slot.state = ChunkState::Planes;
         self.list_to_start(index);
+        // Nothing is left to do for a twin if everything came from the slow store meanwhile.
+        self.settle_chunk(index);
     }
 
     /// Takes in that the store cannot serve a PULL of this chunk.
     pub(super) fn refused(&mut self, index: ChunkIndex, code: ErrorCode) {
+        if self.chunks[index.at()].is_twin {
+            return self.drop_twin(index);
+        }
         let slot = &mut self.chunks[index.at()];
         let may_recover = code != ErrorCode::BadRequest && slot.lookups < self.config.lookup_retries;
         if !may_recover {
@@ -154,6 +168,28 @@ impl<L: ChunkLayout> FetchEngine<L> {
         slot.lookups += 1;
         self.counters.lookups_again += 1;
         self.restart_chunk(index);
+    }
+
+    /// Takes in the epoch of a LOOKUP_REPLY: in a new one the store knows no handle any more that it gave before. (A refusal says that too,
+    /// but of one chunk alone: it is more easily made up.)
+    pub(super) fn learn_epoch(&mut self, store: StoreIndex, epoch: u64) {
+        let before = std::mem::replace(&mut self.store(store).epoch, epoch);
+        if before == epoch || before == 0 {
+            return;
+        }
+        for index in ChunkIndex::all(self.chunks.len()) {
+            let slot = &self.chunks[index.at()];
+            let is_pulled = matches!(slot.state, ChunkState::Header | ChunkState::Planes);
+            if !is_pulled || slot.store != store || slot.epoch == epoch {
+                continue;
+            }
+            if slot.is_twin {
+                self.drop_twin(index);
+            } else if slot.missing > 0 {
+                self.counters.lookups_again += 1;
+                self.restart_chunk(index);
+            }
+        }
     }
 
     /// Stops pulling a chunk and has it looked up again once none of its planes awaits a verdict.
@@ -166,6 +202,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Has a chunk asked of a replica, if there is one that answers.
     pub(super) fn fail_over(&mut self, index: ChunkIndex) {
+        if self.chunks[index.at()].is_twin {
+            return self.drop_twin(index);
+        }
         let is_pulled = matches!(self.chunks[index.at()].state, ChunkState::Header | ChunkState::Planes);
         if is_pulled && self.chunks[index.at()].missing > 0 && self.has_alternative(self.chunk_query(index)) {
             self.counters.failovers += 1;
@@ -176,6 +215,10 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Reports that a chunk will not arrive, and stops pulling it.
     pub(super) fn fail_chunk(&mut self, index: ChunkIndex, reason: ChunkFailure) {
+        if self.chunks[index.at()].is_twin {
+            // Its planes may still come from the store that is only slow.
+            return self.drop_twin(index);
+        }
         self.unlist_chunk(index);
         self.drop_query(self.chunk_query(index));
         let slot = &mut self.chunks[index.at()];
@@ -184,6 +227,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let (job, chunk) = (slot.job, slot.chunk);
         self.jobs[job.at()].failed += 1;
         self.push_event(Queued::ChunkFailed { job, chunk, reason });
+        self.drop_twin_of(index);
         self.stop_chunk(index);
         self.settle_chunk(index);
     }
@@ -196,13 +240,17 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         let job = slot.job;
         let over = match slot.state {
-            ChunkState::Failed => true,
-            ChunkState::Planes | ChunkState::Draining => slot.missing == 0,
+            ChunkState::Failed => slot.is_twin || slot.other.is_none(),
+            ChunkState::Planes if slot.is_twin => !self.has_todo(index),
+            ChunkState::Planes | ChunkState::Draining => slot.missing == 0 && slot.other.is_none(),
             ChunkState::Free | ChunkState::Lookup | ChunkState::Header => return,
         };
         if over {
             self.close_chunk(index);
-        } else if slot.state == ChunkState::Draining && self.jobs[job.at()].state == JobState::Running {
+        } else if slot.state == ChunkState::Draining
+            && slot.missing > 0
+            && self.jobs[job.at()].state == JobState::Running
+        {
             self.chunks[index.at()].state = ChunkState::Lookup;
             self.ask_first(self.chunk_query(index));
         }
@@ -211,11 +259,14 @@ impl<L: ChunkLayout> FetchEngine<L> {
     fn close_chunk(&mut self, index: ChunkIndex) {
         let slot = &mut self.chunks[index.at()];
         assert!(!slot.listed, "a chunk in a list is not over");
-        let (job, store) = (slot.job, slot.store);
-        *slot = ChunkSlot::FREE;
+        let ChunkSlot { job, store, other, .. } = std::mem::replace(slot, ChunkSlot::FREE);
         self.free_chunks.push(index);
         self.uncount_chunk(store);
         self.jobs[job.at()].chunks -= 1;
+        if let Some(other) = other {
+            self.chunks[other.at()].other = None;
+            self.settle_chunk(other);
+        }
         self.settle_job(job);
     }
 }

@@ -56,6 +56,9 @@ pub struct FetchConfig {
     pub corrupt_retries: u8,
     /// How often a chunk is looked up again because the store no longer knows its handle.
     pub lookup_retries: u8,
+    /// Segments that a replica may be asked for while the store is only slow, percent of all that are asked for: what hedging may cost the
+    /// link. With 0 only LOOKUPs and headers are hedged.
+    pub hedge_percent: u8,
     /// Stores that may be asked: [`super::StoreIndex`] is below it.
     pub stores: u16,
     /// Differs from run to run, so that segments asked for by an earlier run are not taken for this one's.
@@ -86,6 +89,7 @@ impl Default for FetchConfig {
             rto_max: Duration::from_millis(200),
             corrupt_retries: 3,
             lookup_retries: 3,
+            hedge_percent: 5,
             stores: 1,
             seed: 0,
         }

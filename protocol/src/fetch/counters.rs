@@ -43,6 +43,12 @@ pub struct FetchCounters {
     pub busy: u64,
     /// Chunks that went to another store because theirs was silent, busy, slow, or did not hold them.
     pub failovers: u64,
+    /// Chunks whose store was slow, so that a replica was asked too for planes under way and instead for the others.
+    pub chunks_hedged: u64,
+    /// Segments of planes under way that a replica was asked for too: at most `hedge_percent` of those asked for.
+    pub segments_hedged: u64,
+    /// Planes that came from such a replica.
+    pub planes_hedged: u64,
     /// Planes that arrived whole.
     pub planes_arrived: u64,
     /// Planes with verdict delivered.
@@ -78,6 +84,9 @@ impl FetchCounters {
             unreachable_unproven: 0,
             busy: 0,
             failovers: 0,
+            chunks_hedged: 0,
+            segments_hedged: 0,
+            planes_hedged: 0,
             planes_arrived: 0,
             planes_delivered: 0,
             planes_corrupt: 0,

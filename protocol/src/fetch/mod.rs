@@ -12,7 +12,8 @@
 //!
 //! Loss: what was asked for before something that has arrived is lost once it is late (`rack.rs`); if nothing arrives at
 //! all, the last segment is asked for again, then everything (`timers.rs`, by the estimates of `rtt.rs`). A store that
-//! stays silent or says that it is busy loses its chunks to replicas, where `placement.rs` names some.
+//! stays silent or says that it is busy loses its chunks to replicas, where `placement.rs` names some; while it is only slow, a replica is
+//! asked too (`hedge.rs`).
 //!
 //! No store can hold all chunk slots, transfers or memory while there are other stores.
 mod asks;
@@ -21,6 +22,7 @@ mod chunks;
 mod config;
 mod counters;
 mod event;
+mod hedge;
 mod index;
 mod latency;
 mod link;
@@ -137,6 +139,8 @@ pub struct FetchEngine<L> {
     chunk_ranges: Box<[PlaneRanges]>,
     /// Planes of each chunk that wait to be started, and how often each was corrupt.
     chunk_todo: Box<[u64]>,
+    /// Planes of each chunk that have a transfer whose bytes may still be delivered.
+    chunk_begun: Box<[u64]>,
     chunk_corrupt: Box<[u8]>,
     transfers: Box<[Transfer]>,
     transfer_links: Links<TransferIndex>,
@@ -172,6 +176,11 @@ pub struct FetchEngine<L> {
     congested: bool,
     in_flight: u32,
     memory: u32,
+    /// A store from which large segments seem not to come through.
+    suspect: Option<StoreIndex>,
+    /// Segments that may be asked of a replica too, and the number of those asked for that this counts.
+    hedge_credit: u32,
+    hedge_counted: u64,
     /// Fetches ever started.
     starts: u64,
     /// Stores with chunks under way.
@@ -241,6 +250,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             chunk_headers: vec![0; chunks * config.max_header_bytes as usize].into(),
             chunk_ranges: (0..chunks).map(|_| PlaneRanges::new(per_chunk)).collect(),
             chunk_todo: vec![0; chunks * plane_words].into(),
+            chunk_begun: vec![0; chunks * plane_words].into(),
             chunk_corrupt: vec![0; chunks * per_chunk].into(),
             transfers: (0..planes + chunks).map(|slot| Transfer::free(tag(slot))).collect(),
             transfer_links: vec![None; planes + chunks].into(),
@@ -268,6 +278,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
             congested: false,
             in_flight: 0,
             memory: 0,
+            suspect: None,
+            hedge_credit: 0,
+            hedge_counted: 0,
             starts: 0,
             busy_stores: 0,
             counters: FetchCounters::new(),
@@ -319,6 +332,12 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let chunk = self.announced(transfer)?.chunk;
         let header_bytes = self.chunks[chunk.at()].info.header_bytes as usize;
         Some(&self.chunk_headers[self.header_range(chunk)][..header_bytes])
+    }
+
+    /// Where in its plane a segment lies, bytes, from the acceptance of one until the transfer's end.
+    pub fn segment_offset(&self, transfer: TransferId, segment: u32) -> Option<u64> {
+        let found = self.transfers.get(transfer.slot()).filter(|found| found.tag == transfer.0)?;
+        Some(u64::from(segment) * u64::from(found.segment_bytes))
     }
 
     /// What the store said of the chunk that `transfer` belongs to, from `PlaneArrived` until its verdict.

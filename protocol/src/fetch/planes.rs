@@ -14,11 +14,14 @@ use super::{FetchEngine, Queued, bits, segments, tag};
 /// Chunks of a fetch that are looked at for the one whose store has least to send.
 const LOOK_AHEAD: usize = 16;
 
+/// PULLs in large segments of which nothing came, since a plane in such segments arrived, after which the path is suspected.
+const SUSPECT_PULLS: u8 = 4;
+
 /// What became of an attempt to start a plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Started {
     Plane(TransferIndex),
-    /// There is none to start, or its store has its share.
+    /// There is none to start, or its store has its share, or cannot be asked for it now.
     Nothing,
     /// No transfer or no memory is free: nobody else should take what the first in turn waits for.
     Full,
@@ -77,6 +80,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let store_index = self.chunks[chunk.at()].store;
         let segments = range.bytes.div_ceil(u32::from(self.store(store_index).segment_bytes));
         assert!(segments <= self.plane_segments, "checked when the header arrived");
+        if self.worth_of(store_index, segments.min(self.link.pull())).is_none() {
+            return Started::Nothing;
+        }
         if self.free_planes.is_empty() || self.memory + segments > self.config.memory_segments {
             return Started::Full;
         }
@@ -93,6 +99,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.memory += segments;
         let todo = self.todo_range(chunk);
         bits::clear(&mut self.chunk_todo[todo.clone()], plane);
+        bits::set(&mut self.chunk_begun[todo.clone()], plane);
         if bits::next_set(&self.chunk_todo[todo], 0, planes) == planes {
             self.unlist_chunk(chunk);
         }
@@ -104,14 +111,54 @@ impl<L: ChunkLayout> FetchEngine<L> {
     }
 
     /// Asks `store` for segments of up to `bytes` from now on, rounded down to a multiple of 32 and never less than the configuration's.
-    /// What is under way stays as it is.
+    /// What is under way in larger ones begins anew.
     pub fn set_segment_bytes(&mut self, store: StoreIndex, bytes: u16) {
         let bytes = (bytes / SEGMENT_ALIGN * SEGMENT_ALIGN).max(self.config.segment_bytes);
-        if let Some(store) = self.stores.get_mut(usize::from(store.0)) {
-            store.segment_bytes = bytes;
-        }
+        let Some(entry) = self.stores.get_mut(usize::from(store.0)) else { return };
+        let before = std::mem::replace(&mut entry.segment_bytes, bytes);
         let largest = self.stores.iter().map(|store| store.segment_bytes).max().unwrap_or(bytes);
         self.link.set_segment_bytes(largest);
+        if bytes < before {
+            self.begin_smaller(store, bytes);
+        }
+    }
+
+    /// Begins the transfers from `store` anew whose segments are larger than `bytes`: the path does not carry them any more.
+    #[cold]
+    fn begin_smaller(&mut self, store: StoreIndex, bytes: u16) {
+        for index in TransferIndex::all(self.transfers.len()) {
+            let transfer = &self.transfers[index.at()];
+            let is_under_way = transfer.state == TransferState::Receiving && transfer.store == store;
+            if !is_under_way || transfer.segment_bytes <= bytes {
+                continue;
+            }
+            let chunk = transfer.chunk;
+            self.stop(index);
+            if self.is_header(index) {
+                self.pull_header(chunk);
+            }
+        }
+    }
+
+    /// Counts a PULL that is given up as lost; nothing came of several in large segments: perhaps the path does not carry them any more.
+    pub(super) fn suspect(&mut self, ask: AskIndex) {
+        let Ask { transfer, store, is_untouched, .. } = *self.asks.get(ask);
+        if !is_untouched || self.transfers[transfer.at()].segment_bytes <= self.config.segment_bytes {
+            return;
+        }
+        let entry = &mut self.stores[usize::from(store.0)];
+        entry.untouched += 1;
+        if entry.untouched >= SUSPECT_PULLS {
+            entry.untouched = 0;
+            self.suspect = Some(store);
+        }
+    }
+
+    /// A store of which nothing came in large segments: perhaps the path does not carry them. Reported once each time; the answer is
+    /// [`set_segment_bytes`](Self::set_segment_bytes), if it is so.
+    #[inline]
+    pub fn poll_suspect(&mut self) -> Option<StoreIndex> {
+        self.suspect.take()
     }
 
     /// Makes a free transfer pull a byte range of a chunk.
@@ -230,7 +277,17 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
     }
 
+    /// Stops a transfer that is receiving; its plane, or header, is still wanted.
     fn stop(&mut self, index: TransferIndex) {
+        let Transfer { chunk, plane, .. } = self.transfers[index.at()];
+        self.abandon(index);
+        if !self.is_header(index) {
+            self.return_plane(chunk, plane);
+        }
+    }
+
+    /// Stops a transfer that is receiving, without a thought of its plane.
+    pub(super) fn abandon(&mut self, index: TransferIndex) {
         self.leave_window(index);
         if self.is_header(index) {
             let transfer = &mut self.transfers[index.at()];
@@ -242,8 +299,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.unlist_transfer(index);
         let transfer = &self.transfers[index.at()];
         let (chunk, plane, empty) = (transfer.chunk, transfer.plane, transfer.arrived == 0);
-        let todo = self.todo_range(chunk);
-        bits::set(&mut self.chunk_todo[todo], u32::from(plane));
+        let begun = self.todo_range(chunk);
+        bits::clear(&mut self.chunk_begun[begun], u32::from(plane));
         if empty {
             self.free_plane(index);
         } else {
@@ -291,12 +348,12 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let (chunk, plane) = (found.chunk, found.plane);
         // `announced` has found the slot in the table.
         let index = TransferIndex(tag::slot_of(transfer.0));
+        let begun = self.todo_range(chunk);
+        bits::clear(&mut self.chunk_begun[begun], u32::from(plane));
         match verdict {
             Verdict::Delivered => {
                 self.counters.planes_delivered += 1;
-                let slot = &mut self.chunks[chunk.at()];
-                slot.missing -= 1;
-                self.jobs[slot.job.at()].delivered += 1;
+                self.delivered(chunk);
             }
             Verdict::Corrupt => {
                 self.counters.planes_corrupt += 1;
@@ -305,6 +362,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             Verdict::Rejected(reason) => {
                 if self.may_fail(chunk) {
                     self.fail_chunk(chunk, ChunkFailure::Rejected(reason));
+                    self.return_to_main(chunk, plane);
                 }
             }
         }
@@ -317,23 +375,20 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if !self.may_fail(chunk) {
             return;
         }
+        let main = self.main_of(chunk);
         let per_chunk = usize::from(self.config.max_planes_per_chunk);
-        let times = &mut self.chunk_corrupt[chunk.at() * per_chunk + usize::from(plane)];
+        let times = &mut self.chunk_corrupt[main.at() * per_chunk + usize::from(plane)];
         *times = times.saturating_add(1);
         if *times > self.config.corrupt_retries {
-            self.fail_chunk(chunk, ChunkFailure::Corrupt);
+            self.fail_chunk(main, ChunkFailure::Corrupt);
             return;
         }
-        let todo = self.todo_range(chunk);
-        bits::set(&mut self.chunk_todo[todo], u32::from(plane));
-        if self.chunks[chunk.at()].state == ChunkState::Planes {
-            self.list_to_start(chunk);
-        }
+        self.return_plane(chunk, plane);
     }
 
     /// Whether a chunk can still fail: it was not reported, and its fetch goes on.
     fn may_fail(&self, chunk: ChunkIndex) -> bool {
-        let slot = &self.chunks[chunk.at()];
+        let slot = &self.chunks[self.main_of(chunk).at()];
         slot.state != ChunkState::Failed && self.jobs[slot.job.at()].state == JobState::Running
     }
 }

@@ -201,6 +201,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
         entry.avoided = 1 << entry.rank;
     }
 
+    /// Has the first [`ask_first`](Self::ask_first) of a query prefer another store than the one that `present` asks for the same key.
+    pub(super) fn avoid_store_of(&mut self, query: QueryIndex, present: QueryIndex) {
+        self.queries[query.at()].avoided = 1 << self.queries[present.at()].rank;
+    }
+
     /// Has the best candidate asked of those that may hold the key and may be reached; false if none is left.
     pub(super) fn ask(&mut self, query: QueryIndex) -> bool {
         let (key, candidates) = self.wanted(query);
@@ -484,6 +489,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let (queries, once) = (request.queries, request.sent == 1);
         let rtt = now.nanos().saturating_sub(request.sent_at.nanos());
         self.heard_reply(now, store, once.then_some(rtt));
+        self.learn_epoch(store, reply.epoch);
         for (query, info) in queries.into_iter().zip(reply.entries()) {
             if let Some(query) = query.filter(
                 |query| matches!(self.queries[query.at()].state, QueryState::Asked(by, _) if by == index),

@@ -236,10 +236,18 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let transfer = &mut self.transfers[index.at()];
         assert_eq!(transfer.in_flight, 0, "a transfer that is whole has nothing in flight");
         transfer.state = TransferState::Arrived;
-        let job = self.chunks[transfer.chunk.at()].job;
+        let Transfer { chunk, plane, store, bytes, segment_bytes, .. } = *transfer;
+        if bytes.min(segment_bytes.into()) > u32::from(self.config.segment_bytes) {
+            self.stores[usize::from(store.0)].untouched = 0;
+        }
+        let slot = &self.chunks[chunk.at()];
+        let (job, other) = (slot.job, slot.other);
         self.jobs[job.at()].left = self.jobs[job.at()].left.saturating_sub(1);
         self.counters.planes_arrived += 1;
         self.push_event(Queued::PlaneArrived(index));
+        if let Some(other) = other {
+            self.arrived_elsewhere(other, plane);
+        }
     }
 
     fn place_header(&mut self, index: TransferIndex, data: &Data<'_>, is_whole: bool) {

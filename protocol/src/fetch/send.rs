@@ -269,14 +269,19 @@ impl<L: ChunkLayout> FetchEngine<L> {
             self.link.is_full();
             return Turn::Waits;
         }
-        let store = &self.stores[usize::from(transfer.store.0)];
-        let store_room = self.room_of(transfer.store);
-        // A window of less than two PULLs is asked for in halves.
-        let wanted = wanted.min((store_room + store.in_flight).div_ceil(2));
-        if store_room == 0 || (store_room < wanted && store.in_flight > 0) {
-            return Turn::Passed;
+        match self.worth_of(transfer.store, wanted) {
+            None => Turn::Passed,
+            Some(budget) => self.pull(index, budget.min(room), now, out).map_or(Turn::Passed, Turn::Sent),
         }
-        self.pull(index, wanted.min(room).min(store_room), now, out).map_or(Turn::Passed, Turn::Sent)
+    }
+
+    /// How many of `wanted` segments to ask a store for; none while its window has not room enough to be worth a packet.
+    pub(super) fn worth_of(&self, store: StoreIndex, wanted: u32) -> Option<u32> {
+        let (room, in_flight) = (self.room_of(store), self.stores[usize::from(store.0)].in_flight);
+        // A window of less than two PULLs is asked for in halves.
+        let wanted = wanted.min((room + in_flight).div_ceil(2));
+        let is_worth = room > 0 && (room >= wanted || in_flight == 0);
+        is_worth.then_some(wanted.min(room))
     }
 
     /// Writes a PULL for at most `budget` wanted segments of a transfer, within 64 from its cursor on.

@@ -155,7 +155,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.jobs[index.at()].state = JobState::Ending;
         for slot in ChunkIndex::all(self.chunks.len()) {
             let chunk = &self.chunks[slot.at()];
-            let held = chunk.job == index && chunk.state != ChunkState::Free;
+            let held = chunk.job == index && chunk.state != ChunkState::Free && !chunk.is_twin;
             if held && chunk.state != ChunkState::Failed {
                 self.fail_chunk(slot, reason);
             }

@@ -27,10 +27,16 @@ pub(super) struct Store {
     pub(super) timeouts: u8,
     /// When to act on it that nothing has arrived; means nothing while nothing is under way.
     pub(super) timeout_at: Instant,
+    /// While there are timeouts: since when nothing has come.
+    pub(super) quiet_since: Instant,
+    /// The silence in which replicas were asked already, by its beginning.
+    pub(super) hedged_since: Instant,
     /// It is busy until then.
     pub(super) busy_until: Instant,
     /// It cannot be reached, and is asked for nothing until then.
     pub(super) gone_until: Instant,
+    /// The epoch that its latest reply was of; 0 before the first.
+    pub(super) epoch: u64,
     /// While it is silent: when to ask it the next time, and for which chunk, whether it is back.
     pub(super) knock_at: Instant,
     pub(super) knock: Option<Key>,
@@ -42,6 +48,8 @@ pub(super) struct Store {
     pub(super) in_flight: u32,
     /// Bytes of the segments that it is asked for: what the path to it carries.
     pub(super) segment_bytes: u16,
+    /// PULLs in segments larger than the least of which nothing came, since a plane in such segments arrived.
+    pub(super) untouched: u8,
     /// Chunk slots, plane slots and segments of memory that are kept for it.
     pub(super) chunks: u32,
     pub(super) planes: u32,
@@ -58,14 +66,18 @@ impl Store {
             asks: AskList::default(),
             timeouts: 0,
             timeout_at: Instant::FAR,
+            quiet_since: Instant::ZERO,
+            hedged_since: Instant::ZERO,
             busy_until: Instant::ZERO,
             gone_until: Instant::ZERO,
+            epoch: 0,
             knock_at: Instant::ZERO,
             knock: None,
             waiting: List::EMPTY,
             is_due: false,
             in_flight: 0,
             segment_bytes: config.segment_bytes,
+            untouched: 0,
             chunks: 0,
             planes: 0,
             memory: 0,
@@ -99,6 +111,14 @@ impl Store {
         match self.timeouts {
             0 => self.rtt.pto(),
             again => self.rtt.rto(again - 1),
+        }
+    }
+
+    /// Since when something is under way and nothing has come.
+    pub(super) fn quiet_since(&self) -> Instant {
+        match self.timeouts {
+            0 => Instant::from_nanos(self.timeout_at.nanos().saturating_sub(self.rtt.pto())),
+            _ => self.quiet_since,
         }
     }
 

@@ -124,7 +124,7 @@ pub(super) enum ChunkState {
     Planes,
     /// The store no longer knows its handle; it is looked up again once none of its planes awaits a verdict.
     Draining,
-    /// Reported as failed; its slot is freed once none of its planes awaits a verdict.
+    /// Reported as failed, or a twin that is given up; its slot is freed once none of its planes awaits a verdict.
     Failed,
 }
 
@@ -141,7 +141,7 @@ pub(super) struct ChunkSlot {
     pub(super) epoch: u64,
     /// Transfers that are not free.
     pub(super) transfers: u16,
-    /// Planes of this queue that are not delivered; known from the shape.
+    /// Planes of this queue that are not delivered, whoever pulls them; known from the shape. Not used in a twin.
     pub(super) missing: u16,
     /// Headers that did not parse.
     pub(super) bad_headers: u8,
@@ -153,6 +153,9 @@ pub(super) struct ChunkSlot {
     pub(super) is_hedged: bool,
     /// Whether it stands in its fetch's list of chunks with planes to start.
     pub(super) listed: bool,
+    /// While a replica is asked too: the twin, in which that is done; or, in the twin, the slot for which.
+    pub(super) other: Option<ChunkIndex>,
+    pub(super) is_twin: bool,
 }
 
 impl ChunkSlot {
@@ -180,6 +183,8 @@ impl ChunkSlot {
         hedge_at: Instant::FAR,
         is_hedged: false,
         listed: false,
+        other: None,
+        is_twin: false,
     };
 }
 

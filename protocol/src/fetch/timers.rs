@@ -111,6 +111,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             }
             let timeout_at = self.stores[usize::from(store.0)].timeout_at;
             self.arm(timeout_at);
+            self.hedge_if_slow(now, store);
         }
     }
 
@@ -130,6 +131,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 Some(_) => {
                     // Of a PULL that brought nothing, one packet was lost: the PULL.
                     let is_pull = ask.is_untouched;
+                    self.suspect(oldest);
                     let segments = self.give_up(oldest);
                     lost += segments;
                     drops += if is_pull { 1 } else { segments };
@@ -154,6 +156,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let entry = &mut self.stores[usize::from(store.0)];
         let is_first = entry.timeouts == 0;
         if is_first {
+            entry.quiet_since = entry.quiet_since();
             entry.timeouts = 1;
             self.counters.tail_probes += 1;
             self.probe_tail(store);
@@ -161,6 +164,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             self.counters.timeouts += 1;
             let mut lost = 0;
             while let Some(oldest) = self.stores[usize::from(store.0)].asks.oldest() {
+                self.suspect(oldest);
                 lost += self.give_up(oldest);
             }
             self.note_lost(store, lost, lost);

@@ -62,6 +62,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Has a chunk that is pulled looked up again, at a replica if there is one.
     fn leave_unreachable(&mut self, index: ChunkIndex) {
+        if self.chunks[index.at()].is_twin {
+            return self.drop_twin(index);
+        }
         let slot = &self.chunks[index.at()];
         if !matches!(slot.state, ChunkState::Header | ChunkState::Planes) || slot.missing == 0 {
             return;

@@ -355,7 +355,12 @@ impl AcceptEngine {
             if known.is(&from, offer) {
                 known.from = from;
                 known.patience_until = patience_until;
-                return self.reply(from, offer, OfferStatus::UnderWay);
+                if offer.segment_bytes >= known.segment_bytes || known.state != IntakeState::Pulling {
+                    return self.reply(from, offer, OfferStatus::UnderWay);
+                }
+                // The path no longer carries what was asked for: from the beginning, in smaller segments.
+                self.drop_intake(now, slot);
+                return self.reply(from, offer, OfferStatus::Busy);
             }
             if known.is_from(&from) && known.state == IntakeState::Pulling {
                 // The same port offers it anew: nobody answers for the earlier offer any more.

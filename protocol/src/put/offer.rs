@@ -12,11 +12,13 @@ use crate::key::Key;
 use crate::reason::DropReason;
 use crate::serve::{ChunkSource, ServeConfig, ServeCounters, ServeEngine};
 use crate::time::Instant;
-use crate::wire::message::{Message, MessageType};
+use crate::wire::message::{Message, MessageType, SEGMENT_ALIGN};
 use crate::wire::offer::{self, Offer, OfferReply, OfferStatus};
 
 use super::rtt::Rtt;
 
+/// PULLs in a row that begin no further than others before, after which segments are thought to stay away.
+const SUSPECT_PULLS: u8 = 4;
 /// While a store pulls, this many timeouts pass without a word from it before the offer is repeated.
 const QUIET_TIMEOUTS: u64 = 8;
 
@@ -25,6 +27,11 @@ const QUIET_TIMEOUTS: u64 = 8;
 pub struct OfferConfig {
     /// Chunks offered at once.
     pub max_offers: u16,
+    /// Stores that may be offered some: [`StoreIndex`] is below it.
+    pub stores: u16,
+    /// Largest segments that every path carries, a positive multiple of 32; larger ones by [`OfferEngine::set_segment_bytes`], up to
+    /// `serve.max_segment_bytes`.
+    pub segment_bytes: u16,
     /// Least time after which an offer without an answer is repeated.
     pub rto_min: Duration,
     /// Most of the same, after doubling.
@@ -59,6 +66,9 @@ pub enum OfferStartError {
     /// As many are under way as the configuration allows.
     #[error("all {0} places for offers are taken; wait for one to end")]
     Full(u16),
+    /// No such store.
+    #[error("store {0} does not exist; it must be below the configured number of stores")]
+    UnknownStore(u16),
     /// The deadline has passed already.
     #[error("the deadline has passed already")]
     DeadlinePassed,
@@ -165,6 +175,10 @@ struct Slot {
     sent_at: Instant,
     backoff: u8,
     sent: u32,
+    /// By which tag it is pulled, the furthest segment with which a PULL began, and how many PULLs in a row began no further.
+    pulled_by: u32,
+    pulled_to: Option<u32>,
+    pulled_again: u8,
 }
 
 /// The data plane's side of PUT, for one queue; queues share nothing.
@@ -182,6 +196,10 @@ struct Slot {
 pub struct OfferEngine {
     config: OfferConfig,
     slots: Box<[Slot]>,
+    /// By store, the largest segments that the path carries.
+    segment_bytes: Box<[u16]>,
+    /// A store to which large segments seem not to come through.
+    suspect: Option<StoreIndex>,
     rtt: Rtt,
     events: VecDeque<OfferEvent>,
     serve: ServeEngine,
@@ -204,9 +222,14 @@ impl OfferEngine {
             sent_at: Instant::ZERO,
             backoff: 0,
             sent: 0,
+            pulled_by: 0,
+            pulled_to: None,
+            pulled_again: 0,
         };
         OfferEngine {
             slots: (0..config.max_offers).map(slot).collect(),
+            segment_bytes: vec![config.segment_bytes; usize::from(config.stores)].into(),
+            suspect: None,
             rtt: Rtt::new(config.rto_min, config.rto_max),
             events: VecDeque::with_capacity(usize::from(config.max_offers)),
             serve: ServeEngine::new(config.serve),
@@ -226,7 +249,7 @@ impl OfferEngine {
     /// Begins to offer a chunk to a store, until `deadline`.
     ///
     /// # Errors
-    /// When there is no place for it, or the deadline has passed.
+    /// When there is no place for it, the store does not exist, or the deadline has passed.
     pub fn start(
         &mut self,
         now: Instant,
@@ -238,6 +261,9 @@ impl OfferEngine {
     ) -> Result<OfferId, OfferStartError> {
         if deadline <= now {
             return Err(OfferStartError::DeadlinePassed);
+        }
+        if store.0 >= self.config.stores {
+            return Err(OfferStartError::UnknownStore(store.0));
         }
         let free = self.slots.iter_mut().find(|slot| slot.state == State::Free);
         let slot = free.ok_or(OfferStartError::Full(self.config.max_offers))?;
@@ -253,6 +279,9 @@ impl OfferEngine {
             sent_at: Instant::ZERO,
             backoff: 0,
             sent: 0,
+            pulled_by: 0,
+            pulled_to: None,
+            pulled_again: 0,
         };
         let id = OfferId(slot.id);
         self.counters.begun += 1;
@@ -281,6 +310,39 @@ impl OfferEngine {
         self.find(offer.0).map_or(0, |slot| self.slots[slot].backoff)
     }
 
+    /// Has `store` pull segments of up to `bytes` from now on, rounded down to a multiple of 32 and never less than the configuration's. What
+    /// it pulls in larger ones is offered to it anew.
+    pub fn set_segment_bytes(&mut self, store: StoreIndex, bytes: u16) {
+        let bytes = (bytes / SEGMENT_ALIGN * SEGMENT_ALIGN).max(self.config.segment_bytes);
+        let Some(size) = self.segment_bytes.get_mut(usize::from(store.0)) else { return };
+        let before = std::mem::replace(size, bytes);
+        if bytes < before {
+            for slot in self.slots.iter_mut().filter(|slot| slot.is_open() && slot.store == store) {
+                slot.due_at = Instant::ZERO;
+            }
+        }
+    }
+
+    /// A store that pulls the same again and again: perhaps the path carries no segments of that size. Reported once each time.
+    pub fn poll_suspect(&mut self) -> Option<StoreIndex> {
+        self.suspect.take()
+    }
+
+    /// Notes that a store pulls, by `tag`, from `segment` on.
+    fn note_pull(&mut self, slot: usize, tag: u32, segment: u32) {
+        let slot = &mut self.slots[slot];
+        if slot.pulled_by != tag {
+            (slot.pulled_by, slot.pulled_to) = (tag, None);
+        }
+        let is_further = slot.pulled_to.is_none_or(|furthest| segment > furthest);
+        slot.pulled_again = if is_further { 0 } else { slot.pulled_again + 1 };
+        slot.pulled_to = slot.pulled_to.max(Some(segment));
+        if slot.pulled_again >= SUSPECT_PULLS {
+            slot.pulled_again = 0;
+            self.suspect = Some(slot.store);
+        }
+    }
+
     /// Takes in a UDP payload that came from `from`, which is `store`. An error is counted already.
     pub fn handle_datagram(
         &mut self,
@@ -304,6 +366,8 @@ impl OfferEngine {
                 return Err(DropReason::WrongStore);
             }
             self.heard(now, slot, State::UnderWay);
+            let segment = pull.runs().next().map_or(0, |run| run.first);
+            self.note_pull(slot, pull.range.tag, segment);
         }
         // The source holds nothing but what is offered, so what has ended is answered with an ERROR.
         self.serve.handle_datagram(now, from, payload, source)
@@ -433,7 +497,7 @@ impl OfferEngine {
             chunk_bytes: slot.chunk_bytes,
             key: slot.key,
             patience_ms: u32::try_from(left).unwrap_or(u32::MAX),
-            segment_bytes: self.config.serve.max_segment_bytes,
+            segment_bytes: self.segment_bytes[usize::from(slot.store.0)],
         };
         slot.sent_at = now;
         slot.sent = slot.sent.saturating_add(1);
