@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use protocol::put::AcceptConfig;
 use protocol::wire::message::DATA_HEADER_BYTES;
 use protocol::{FetchConfig, ServeConfig};
 use serde::Serialize;
 
 use crate::host::{Deed, Order};
+use crate::intakes::PutConfig;
 use crate::link::{Faults, LinkConfig, Loss};
 use crate::net::{SwitchConfig, Way};
 use crate::packet::WIRE_OVERHEAD_BYTES;
@@ -55,7 +57,7 @@ pub struct Figures {
     pub p99_us: Option<f64>,
     /// The same over that without the bulk fetch.
     pub p99_of_alone: Option<f64>,
-    /// Fetches that did not end with everything delivered.
+    /// Fetches that did not end with everything delivered, and chunks that were not saved.
     pub not_done: u64,
     /// Simulated time, milliseconds.
     pub simulated_ms: f64,
@@ -198,6 +200,19 @@ pub const ENTRIES: &[Entry] = &[
         "8-chunk fetches from four stores with two replicas, of which one now and then stalls for 20 ms",
         hedge,
     ),
+    ours(
+        "hedge-planes",
+        "the same, each stall in the midst of a fetch; p99/alone is over that without asking replicas for planes too",
+        hedge_planes,
+    ),
+    ours("save", "the data plane saves, 100 Gbps, 50 us", |d, s, k| save(d, s, k, NONE)),
+    ours("save-loss-1", "the data plane saves, 1 % of packets lost each way", |d, s, k| {
+        save(d, s, k, Faults { loss: Loss::Random(10_000), ..NONE })
+    }),
+    ours("mtu-9000", "MTU 9000 all the way, found by a probe", |d, s, k| mtu(d, s, k, None)),
+    ours("mtu-shrinks", "the same, and after 20 ms the path carries 1,500, without a word", |d, s, k| {
+        mtu(d, s, k, Some(20 * MILLIS / u64::from(k)))
+    }),
 ];
 
 const NONE: Faults = Faults {
@@ -269,15 +284,8 @@ fn fetch_config(path: Path, stores: u16) -> FetchConfig {
 
 /// Data planes and stores on one path, and nothing that happens.
 fn on_path(design: Design, seed: u64, path: Path, planes: u32, stores: u16) -> Scenario {
-    let config = PlaneConfig {
-        fetch: fetch_config(path, stores),
-        first_store: planes,
-        replicas: 1,
-        decoders: 4,
-        decode_nanos: 0,
-        false_corrupt: 0,
-        rejected: 0,
-    };
+    let config =
+        PlaneConfig { first_store: planes, decoders: 4, ..PlaneConfig::new(fetch_config(path, stores)) };
     let lcore = Lcore::default();
     let plane = PlaneSpec { up: path.link(), down: path.bottleneck(), config, lcore };
     let serve = ServeConfig { max_pending_pulls: 4096, ..ServeConfig::default() };
@@ -317,9 +325,13 @@ fn float(value: u64) -> f64 {
 fn figures(world: &World, gbps: f64, planes: u32) -> Figures {
     let ended: Vec<_> =
         world.records.fetches.values().filter_map(|record| Some((record, record.ended?))).collect();
-    let begin = ended.iter().map(|(record, _)| record.started_at).min().unwrap_or(0);
-    let end = ended.iter().map(|(_, (at, _))| *at).max().unwrap_or(0);
-    let delivered: u64 = ended.iter().map(|(record, _)| record.delivered).sum();
+    let saves = world.records.saves.values();
+    let begins =
+        ended.iter().map(|(record, _)| record.started_at).chain(saves.clone().map(|save| save.started_at));
+    let ends = ended.iter().map(|(_, (at, _))| *at).chain(saves.clone().filter_map(|save| save.ended));
+    let (begin, end) = (begins.min().unwrap_or(0), ends.max().unwrap_or(0));
+    let delivered = ended.iter().map(|(record, _)| record.delivered).sum::<u64>()
+        + saves.clone().map(|save| save.bytes).sum::<u64>();
     let nanos = float(end - begin).max(1.0);
     let goodput_gbps = float(delivered) * 8.0 / nanos;
     let counters = &world.net.counters;
@@ -333,7 +345,8 @@ fn figures(world: &World, gbps: f64, planes: u32) -> Figures {
         resent_percent: 100.0 * float(sent.saturating_sub(taken_in)) / float(taken_in.max(1)),
         lost_percent: 100.0 * float(lost) / float(sent.max(1)),
         queue_peak_us: float(peak) / 1000.0,
-        not_done: ended.iter().filter(|(_, (_, end))| *end != End::Done).count() as u64,
+        not_done: ended.iter().filter(|(_, (_, end))| *end != End::Done).count() as u64
+            + saves.map(|save| u64::from(save.refused)).sum::<u64>(),
         simulated_ms: nanos / 1e6,
         packets: counters.sent,
         counters: world.host_counters(),
@@ -593,6 +606,63 @@ fn hedge(design: Design, seed: u64, scale: u32) -> Figures {
     let (alone, _) = times(false);
     let (stalled, figures) = times(true);
     Figures { p99_us: Some(stalled), p99_of_alone: Some(stalled / alone), ..figures }
+}
+
+/// 8-chunk fetches from four stores with two replicas, of which one now and then stalls for 20 ms in the midst of one.
+fn hedge_planes(design: Design, seed: u64, scale: u32) -> Figures {
+    let times = |hedge_percent: u8| {
+        let mut scenario = on_replicas(design, seed);
+        let plane_bytes = 20 * u32::from(SEGMENT_BYTES);
+        scenario.chunks = ChunkSpec { plane_bytes: (plane_bytes, plane_bytes), ..scenario.chunks };
+        scenario.planes[0].config.fetch.hedge_percent = hedge_percent;
+        let count = 400 / scale.min(10);
+        for number in 0..count {
+            let at = 2 * MILLIS + u64::from(number) * 5 * MILLIS;
+            let first = number * 8 % 1000;
+            let order = Order { stores: Vec::new(), ..order(100 + u64::from(number), 0, first..first + 8) };
+            scenario.fetch(at, 0, order);
+            if number % 10 == 5 {
+                let into = 300 * MICROS + u64::from(number / 10) * 83 % 800 * MICROS;
+                scenario.actions.push((at + into, Action::Stall(1 + number / 10 % 4, 20 * MILLIS)));
+            }
+        }
+        let world = run(&scenario);
+        let fetches = world.records.fetches.values();
+        let mut times: Vec<u64> =
+            fetches.filter_map(|record| Some(record.ended?.0 - record.started_at)).collect();
+        times.sort_unstable();
+        (p99_us(&times), figures(&world, 100.0, 1))
+    };
+    let (without, _) = times(0);
+    let (with, figures) = times(5);
+    Figures { p99_us: Some(with), p99_of_alone: Some(with / without), ..figures }
+}
+
+fn save(design: Design, seed: u64, scale: u32, faults: Faults) -> Figures {
+    let mut scenario = on_path(design, seed, USUAL, 1, 1);
+    let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
+    scenario.faults_both(1, faults);
+    scenario.planes[0].config.max_offers = 16;
+    let store = &mut scenario.stores[0];
+    let accept = AcceptConfig { max_chunk_bytes: 8 << 20, ..AcceptConfig::default() };
+    store.config.put = PutConfig { accept, memory_bytes: 1 << 40, ..PutConfig::default() };
+    store.lacks = (0..chunks).collect();
+    scenario.actions.push((0, Action::Host(0, Deed::Save(order(1, 1, 0..chunks)))));
+    figures(&run(&scenario), 100.0, 1)
+}
+
+/// A bulk fetch between ports with an MTU of 9,000, on a path that carries less from some time on.
+fn mtu(design: Design, seed: u64, scale: u32, shrinks_at: Option<u64>) -> Figures {
+    const LARGE_BYTES: u16 = 8928;
+    let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
+    let mut scenario = bulk(design, seed, USUAL, chunks, NONE);
+    scenario.planes[0].config.most_segment_bytes = LARGE_BYTES;
+    scenario.stores[0].config.serve.max_segment_bytes = LARGE_BYTES;
+    if let Some(at) = shrinks_at {
+        scenario.actions.push((at, Action::Carries(1, Way::Up, 1472)));
+    }
+    let large = f64::from(LARGE_BYTES) / f64::from(u32::from(LARGE_BYTES) + OVERHEAD_BYTES);
+    figures(&run(&scenario), 100.0 * large / ideal_share(), 1)
 }
 
 fn restart(design: Design, seed: u64, scale: u32) -> Figures {

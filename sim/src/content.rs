@@ -8,6 +8,7 @@ use std::rc::Rc;
 use protocol::chunk::BadHeader;
 use protocol::{ChunkInfo, ChunkLayout, ChunkShape, ChunkSource, Key, PlaneRange, PlaneRanges};
 
+use crate::packet::{Packet, Source};
 use crate::random::{Random, mix};
 
 const ENTRY_BYTES: usize = 12;
@@ -43,7 +44,8 @@ pub fn key_of(chunk: u32) -> Key {
     key
 }
 
-fn number_of(key: &Key) -> Option<u32> {
+/// The chunk that a key names.
+pub fn number_of(key: &Key) -> Option<u32> {
     let number = u32::from_le_bytes(key.0[..4].try_into().ok()?);
     (key_of(number) == *key).then_some(number)
 }
@@ -112,6 +114,36 @@ impl Catalogue {
         Rc::new(Catalogue { shape, chunks })
     }
 
+    /// The byte of a chunk at an offset.
+    fn byte_of(&self, chunk: u32, offset: u64) -> u8 {
+        let header = &self.chunks[chunk as usize].header;
+        let in_header = usize::try_from(offset).ok().and_then(|offset| header.get(offset));
+        in_header.copied().unwrap_or_else(|| byte_at(chunk, offset))
+    }
+
+    /// Puts bytes of a chunk behind the message that a packet holds: named, or written out where they are all of its header or
+    /// `materialize` says so.
+    pub fn fill(&self, packet: &mut Packet, chunk: u32, range: std::ops::Range<usize>, materialize: bool) {
+        packet.payload_bytes = u32::try_from(range.len()).expect("a segment is short");
+        packet.source = Source { chunk, offset: range.start as u64 };
+        if let Some(bytes) = self.chunks[chunk as usize].header.get(range.clone()) {
+            packet.bytes.extend_from_slice(bytes);
+        } else if materialize {
+            packet.bytes.extend(range.map(|offset| self.byte_of(chunk, offset as u64)));
+        } else {
+            packet.tail_bytes = packet.payload_bytes;
+        }
+    }
+
+    /// Whether the bytes that arrived are not those that were stored.
+    pub fn is_damaged(&self, packet: &Packet, data: &[u8]) -> bool {
+        if packet.tail_bytes > 0 {
+            return packet.damaged;
+        }
+        let Source { chunk, offset } = packet.source;
+        !(offset..).zip(data).all(|(at, byte)| *byte == self.byte_of(chunk, at))
+    }
+
     /// Encoded bytes of the planes of some chunks.
     pub fn payload_bytes(&self, chunks: std::ops::Range<u32>) -> u64 {
         chunks.filter_map(|number| self.chunks.get(number as usize)).map(Chunk::payload_bytes).sum()
@@ -169,6 +201,16 @@ impl Shelf {
         self.turn = u32::try_from(random.below(u64::from(self.count()))).unwrap_or(0);
     }
 
+    /// Has a chunk from now on.
+    pub fn put(&mut self, chunk: u32) {
+        self.held[chunk as usize] = true;
+    }
+
+    /// What there is.
+    pub fn catalogue(&self) -> &Rc<Catalogue> {
+        &self.catalogue
+    }
+
     /// Forgets a chunk.
     pub fn forget(&mut self, chunk: u32) {
         if let Some(held) = self.held.get_mut(chunk as usize) {
@@ -184,11 +226,6 @@ impl Shelf {
         }
         let number = (handle + count - self.turn) % count;
         self.held[number as usize].then_some(number)
-    }
-
-    /// Header of a chunk.
-    pub fn header(&self, chunk: u32) -> &[u8] {
-        &self.catalogue.chunks[chunk as usize].header
     }
 }
 

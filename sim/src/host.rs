@@ -3,12 +3,13 @@
 use crate::net::Net;
 use crate::record::Records;
 
-/// A fetch that a data plane is to make.
+/// A fetch, lookup or save that a data plane is to make.
 #[derive(Clone, Debug)]
 pub struct Order {
     /// Names it in the run.
     pub id: u64,
     /// The host that holds its chunks, or none: each chunk is on the stores that the data plane's placement says.
+    /// (Of a save: the hosts that each chunk is offered to; none, and each goes to the first of those stores.)
     pub stores: Vec<u32>,
     /// Its chunks, by number in the run.
     pub chunks: std::ops::Range<u32>,
@@ -23,7 +24,9 @@ pub enum Deed {
     Fetch(Order),
     /// Asks how much of the prefix that the order names is stored.
     Lookup(Order),
-    /// Ends a fetch early.
+    /// Offers chunks to stores.
+    Save(Order),
+    /// Ends a fetch, lookup or save early.
     Cancel(u64),
     /// Dies: forgets everything, answers nothing.
     Crash,

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use serde::Serialize;
 
+use crate::packet::WIRE_OVERHEAD_BYTES;
 use crate::random::{MILLION, Random};
 
 /// Which packets a link loses.
@@ -67,6 +68,8 @@ pub struct LinkConfig {
     pub buffer_bytes: u64,
     /// Packets that find more bytes than this waiting are marked.
     pub mark_bytes: u64,
+    /// Larger UDP payloads are dropped without a word: a path's MTU where no ICMP message comes through.
+    pub carries_bytes: u32,
 }
 
 impl LinkConfig {
@@ -77,6 +80,7 @@ impl LinkConfig {
             delay_nanos,
             buffer_bytes: u64::MAX,
             mark_bytes: u64::MAX,
+            carries_bytes: u32::MAX,
         }
     }
 }
@@ -96,10 +100,12 @@ pub enum Drop {
     Down,
     /// The receiving host's ring was full.
     Ring,
+    /// Larger than the path carries.
+    TooBig,
 }
 
 /// Kinds of drops.
-pub const DROPS: usize = 6;
+pub const DROPS: usize = 7;
 
 /// What becomes of a packet that was given to a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,6 +174,11 @@ impl Link {
         }
     }
 
+    /// Changes what the link carries.
+    pub fn set_carries(&mut self, bytes: u32) {
+        self.config.carries_bytes = bytes;
+    }
+
     /// Rate, delay and buffer.
     pub fn config(&self) -> &LinkConfig {
         &self.config
@@ -206,6 +217,9 @@ impl Link {
     /// Takes a packet in.
     #[inline]
     pub fn transmit(&mut self, now: u64, bytes: u32, random: &mut Random) -> Fate {
+        if bytes > self.config.carries_bytes.saturating_add(WIRE_OVERHEAD_BYTES) {
+            return Fate::Dropped(Drop::TooBig);
+        }
         let now_picos = now * PICOS_PER_NANO;
         let begin = self.busy_until_picos.max(now_picos);
         let end = begin + self.picos(bytes);

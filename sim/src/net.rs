@@ -137,6 +137,11 @@ impl Net {
         self.links[link_index(host, way)].faults = faults;
     }
 
+    /// Changes the largest UDP payload that a host's link carries.
+    pub fn set_carries(&mut self, host: u32, way: Way, bytes: u32) {
+        self.links[link_index(host, way)].set_carries(bytes);
+    }
+
     /// Sends a packet that `fill` writes from `from` to `to`.
     pub fn send(&mut self, from: u32, to: u32, fill: impl FnOnce(&mut Packet)) {
         let id = self.packets.take();

@@ -36,6 +36,20 @@ pub struct Packet {
 }
 
 impl Packet {
+    /// The UDP payload, of which what is not materialized has only a length: it is laid out in `scratch`.
+    #[inline]
+    pub fn payload<'p>(&'p self, scratch: &'p mut Vec<u8>) -> &'p [u8] {
+        if self.tail_bytes == 0 {
+            return &self.bytes;
+        }
+        let (head, all) = (self.bytes.len(), self.bytes.len() + self.tail_bytes as usize);
+        if scratch.len() < all {
+            scratch.resize(all, 0);
+        }
+        scratch[..head].copy_from_slice(&self.bytes);
+        &scratch[..all]
+    }
+
     /// Bytes that the packet occupies on a wire.
     #[inline]
     pub fn wire_bytes(&self) -> u32 {

@@ -4,18 +4,24 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::rc::Rc;
 
-use protocol::wire::message::MAX_CONTROL_BYTES;
+use protocol::paths::Paths;
+use protocol::put::{OfferConfig, OfferEngine, OfferTo};
 use protocol::{
     Accepted, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, Instant, Key, LookupId, LookupOutcome,
-    Placement, Sources, StartError, StoreIndex, TransferId, Verdict,
+    Placement, ServeConfig, Sources, StartError, StoreIndex, TransferId, Verdict,
 };
 
-use crate::content::{Catalogue, Layout, byte_at};
+use crate::content::{Catalogue, Layout};
 use crate::host::{Deed, Host, Order};
-use crate::net::Net;
+use crate::net::{Net, Way};
 use crate::packet::{Packet, Source};
 use crate::random::mix;
 use crate::record::{Answer, End, Records};
+use crate::saves::{Saves, Wanted};
+use crate::store::{host_of, peer_of};
+
+/// Bytes of the largest message that a data plane writes: a probe of the largest MTU.
+const OUT_BYTES: usize = 9216;
 
 /// A simulated data plane.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +32,14 @@ pub struct PlaneConfig {
     pub first_store: u32,
     /// Stores that hold each chunk of a fetch that names no single store.
     pub replicas: u8,
+    /// Largest segment that the own port allows. Above `fetch.segment_bytes`, paths are probed for what they carry.
+    pub most_segment_bytes: u16,
+    /// Chunks that each queue offers at once; with 0 nothing can be saved.
+    pub max_offers: u16,
+    /// Bytes that the transmit ring of its device holds.
+    pub ring_bytes: u64,
+    /// Whether what is saved is written out, to be compared byte by byte on arrival.
+    pub materialize: bool,
     /// Decoders, shared by all queues.
     pub decoders: u32,
     /// Time that a decoder takes for a plane.
@@ -34,6 +48,48 @@ pub struct PlaneConfig {
     pub false_corrupt: u32,
     /// See above.
     pub rejected: u32,
+}
+
+impl PlaneConfig {
+    /// A data plane with one instant decoder that makes no mistakes, saves nothing and probes nothing.
+    pub fn new(fetch: FetchConfig) -> PlaneConfig {
+        PlaneConfig {
+            fetch,
+            first_store: 0,
+            replicas: 1,
+            most_segment_bytes: fetch.segment_bytes,
+            max_offers: 0,
+            ring_bytes: 64 * 1600,
+            materialize: false,
+            decoders: 1,
+            decode_nanos: 0,
+            false_corrupt: 0,
+            rejected: 0,
+        }
+    }
+
+    /// What a queue's offers get.
+    fn offers(&self, epoch: u64) -> OfferConfig {
+        // Nothing is kept for what cannot happen.
+        let some = |count: usize| if self.max_offers > 0 { count } else { 1 };
+        let serve = ServeConfig {
+            epoch,
+            max_pending_pulls: some(256),
+            max_pending_replies: some(64),
+            max_requesters: 16,
+            max_segment_bytes: self.most_segment_bytes,
+            ..ServeConfig::default()
+        };
+        OfferConfig {
+            max_offers: self.max_offers,
+            stores: self.fetch.stores,
+            segment_bytes: self.fetch.segment_bytes,
+            rto_min: self.fetch.rto_min,
+            rto_max: self.fetch.rto_max,
+            serve,
+            seed: self.fetch.seed,
+        }
+    }
 }
 
 /// What the caller of an engine keeps of a transfer.
@@ -73,10 +129,27 @@ struct Part {
 #[derive(Debug)]
 struct Lane {
     engine: FetchEngine<Layout>,
+    paths: Paths,
+    saves: Saves,
     kept: Vec<Kept>,
     kept_segments: u32,
     parts: BTreeMap<u64, Part>,
     verdicts: BinaryHeap<Reverse<(u64, u64, Decoding)>>,
+}
+
+impl Lane {
+    /// Passes on what a path carries.
+    fn set_segment_bytes(&mut self, changes: &[(StoreIndex, u16)]) {
+        for (store, bytes) in changes {
+            self.engine.set_segment_bytes(*store, *bytes);
+            self.saves.engine().set_segment_bytes(*store, *bytes);
+        }
+    }
+
+    /// Whether there is anything that paths matter to.
+    fn is_busy(&self) -> bool {
+        !(self.engine.idle() && self.saves.is_idle())
+    }
 }
 
 /// A fetch over all queues.
@@ -101,6 +174,7 @@ pub struct PlaneHost {
     sequence: u64,
     /// What its clock shows more than the simulator's.
     ahead_nanos: u64,
+    placement: Placement,
     scratch: Vec<u8>,
 }
 
@@ -123,9 +197,15 @@ impl PlaneHost {
             FetchEngine::with_placement(config, placement.clone(), Layout)
                 .unwrap_or_else(|error| panic!("the scenario's budgets cannot work: {error}"))
         };
+        let fetch = config.fetch;
         let lanes = (0..config.fetch.queues)
             .map(|queue| Lane {
                 engine: engine(queue),
+                paths: Paths::new(fetch.stores, fetch.segment_bytes, config.most_segment_bytes, fetch.seed),
+                saves: Saves::new(
+                    config.offers(1 + u64::from(id) * 1000 + u64::from(queue)),
+                    Rc::clone(&catalogue),
+                ),
                 kept: (0..config.fetch.active_planes).map(|_| Kept::default()).collect(),
                 kept_segments: 0,
                 parts: BTreeMap::new(),
@@ -143,7 +223,8 @@ impl PlaneHost {
             decoders,
             sequence: 0,
             ahead_nanos: 0,
-            scratch: vec![0; 16 << 10],
+            placement,
+            scratch: Vec::new(),
         }
     }
 
@@ -184,6 +265,26 @@ impl PlaneHost {
             lane.parts.insert(id, part);
         }
         self.wholes.insert(id, Whole { parts: self.config.fetch.queues, end: End::Done });
+    }
+
+    fn save(&mut self, net: &Net, records: &mut Records, order: &Order) {
+        let deadline = self.clock(net).nanos() + order.deadline_nanos;
+        let mut offers = 0;
+        for chunk in order.chunks.clone() {
+            let first = || {
+                let candidates = self.placement.candidates(&self.catalogue.chunks[chunk as usize].key);
+                vec![self.config.first_store + u32::from(candidates.as_slice()[0].0)]
+            };
+            let hosts = if order.stores.is_empty() { first() } else { order.stores.clone() };
+            for host in hosts {
+                let store = u16::try_from(host - self.config.first_store).expect("numbered in 16 bits");
+                let wanted = Wanted { save: order.id, chunk, store: StoreIndex(store), host, deadline };
+                let queue = chunk as usize % self.lanes.len();
+                self.lanes[queue].saves.want(wanted);
+                offers += 1;
+            }
+        }
+        records.save_started(order.id, self.id, net.now, offers);
     }
 
     fn lookup(&mut self, net: &Net, records: &mut Records, order: &Order) {
@@ -228,20 +329,24 @@ impl PlaneHost {
         let Some(store) = u16::try_from(store).ok().filter(|store| *store < self.config.fetch.stores) else {
             return;
         };
-        // The payload that is not materialized has only a length.
-        let payload = if packet.tail_bytes == 0 {
-            packet.bytes.as_slice()
-        } else {
-            let head = packet.bytes.len();
-            self.scratch[..head].copy_from_slice(&packet.bytes);
-            &self.scratch[..head + packet.tail_bytes as usize]
-        };
+        let payload = packet.payload(&mut self.scratch);
+        if Paths::takes(payload) {
+            let mut changes = Vec::new();
+            // What answers nothing is dropped.
+            let _ = lane.paths.handle_datagram(now, StoreIndex(store), payload, |store, bytes| {
+                changes.push((store, bytes));
+            });
+            return lane.set_segment_bytes(&changes);
+        }
+        if OfferEngine::takes(payload) {
+            return lane.saves.take_in(now, StoreIndex(store), peer_of(packet.from, 0), payload);
+        }
         let accepted = lane.engine.handle_datagram(now, StoreIndex(store), marked, payload);
         match accepted {
             Ok(Accepted::Segment { transfer, segment, data }) => {
-                let is_damaged = is_damaged(packet, &payload[data.clone()]);
-                let segment_bytes = u64::from(self.config.fetch.segment_bytes);
-                keep(lane, packet, transfer, segment, data.len(), segment_bytes, is_damaged);
+                let is_damaged = self.catalogue.is_damaged(packet, &payload[data.clone()]);
+                let offset = lane.engine.segment_offset(transfer, segment).expect("it was accepted");
+                keep(lane, packet, transfer, segment, data.len(), offset, is_damaged);
                 records.took_in(self.id, u64::from(packet.payload_bytes));
             }
             Ok(Accepted::Control) if packet.payload_bytes > 0 => {
@@ -359,15 +464,56 @@ impl PlaneHost {
         }
     }
 
-    fn transmit(&mut self, queue: usize, net: &mut Net) {
-        let mut out = [0; MAX_CONTROL_BYTES];
+    fn transmit(&mut self, queue: usize, net: &mut Net) -> Option<u64> {
+        let mut out = [0; OUT_BYTES];
         let clock = self.clock(net);
         let number = u16::try_from(queue).expect("queues are numbered in 16 bits");
+        self.probe(queue, net, &mut out);
         while let Some(transmit) = self.lanes[queue].engine.poll_transmit(clock, &mut out) {
             let store = self.config.first_store + u32::from(transmit.store.0);
             net.send(self.id, store, |packet| {
                 packet.queue = number;
                 packet.bytes.extend_from_slice(&out[..transmit.len]);
+            });
+        }
+        // Fetches go first; what is saved goes with what the link has left.
+        loop {
+            let link = net.link(self.id, Way::Up);
+            if link.backlog_bytes(net.now) >= self.config.ring_bytes && self.config.max_offers > 0 {
+                return Some(net.now + link.backlog_nanos(net.now) / 2 + 1);
+            }
+            let sent = self.lanes[queue].saves.poll_transmit(clock, &mut out)?;
+            let to = match sent.to {
+                OfferTo::Store(store) => self.config.first_store + u32::from(store.0),
+                OfferTo::Peer(peer) => host_of(&peer).0,
+            };
+            let (catalogue, materialize) = (&self.catalogue, self.config.materialize);
+            net.send(self.id, to, |packet| {
+                packet.queue = number;
+                packet.bytes.extend_from_slice(&out[..sent.len]);
+                if let Some((chunk, range)) = sent.payload {
+                    catalogue.fill(packet, chunk, range, materialize);
+                }
+            });
+        }
+    }
+
+    /// Sends the probes that are due, while there is something that the paths matter to.
+    fn probe(&mut self, queue: usize, net: &mut Net, out: &mut [u8]) {
+        let clock = self.clock(net);
+        let number = u16::try_from(queue).expect("queues are numbered in 16 bits");
+        let lane = &mut self.lanes[queue];
+        while let Some(store) = lane.engine.poll_suspect().or_else(|| lane.saves.engine().poll_suspect()) {
+            lane.paths.handle_silence(clock, store, lane.engine.round_trip(store));
+        }
+        while lane.is_busy() && lane.paths.is_due(clock) {
+            let mut changes = Vec::new();
+            let sent = lane.paths.poll_transmit(clock, out, |store, bytes| changes.push((store, bytes)));
+            lane.set_segment_bytes(&changes);
+            let Some((store, len)) = sent else { break };
+            net.send(self.id, self.config.first_store + u32::from(store.0), |packet| {
+                packet.queue = number;
+                packet.bytes.extend_from_slice(&out[..len]);
             });
         }
     }
@@ -392,15 +538,6 @@ impl PlaneHost {
     }
 }
 
-/// Whether the bytes that arrived are not those that were stored.
-fn is_damaged(packet: &Packet, data: &[u8]) -> bool {
-    if packet.tail_bytes > 0 {
-        return packet.damaged;
-    }
-    let Source { chunk, offset } = packet.source;
-    !data.iter().zip(offset..).all(|(byte, at)| *byte == byte_at(chunk, at))
-}
-
 /// Keeps an accepted segment, which must come from where the transfer's others do.
 fn keep(
     lane: &mut Lane,
@@ -408,7 +545,7 @@ fn keep(
     transfer: TransferId,
     segment: u32,
     bytes: usize,
-    segment_bytes: u64,
+    offset: u64,
     is_damaged: bool,
 ) {
     let kept = &mut lane.kept[transfer.slot()];
@@ -425,7 +562,7 @@ fn keep(
     }
     assert_eq!(kept.arrived[word] & bit, 0, "a segment is accepted once");
     kept.arrived[word] |= bit;
-    let begin = packet.source.offset.wrapping_sub(u64::from(segment) * segment_bytes);
+    let begin = packet.source.offset.wrapping_sub(offset);
     let source = Source { chunk: packet.source.chunk, offset: begin };
     if kept.segments == 0 {
         kept.source = source;
@@ -464,14 +601,18 @@ impl Host for PlaneHost {
         for queue in 0..self.lanes.len() {
             self.lanes[queue].engine.handle_timeout(clock);
             self.events(queue, net, records);
-            self.transmit(queue, net);
+            let was_damaged = net.counters.damaged > 0;
+            self.lanes[queue].saves.turn(clock, net.now, was_damaged, records);
+            let room_at = self.transmit(queue, net);
             // Admitting a fetch without planes for this queue ends it.
             self.events(queue, net, records);
             self.check(queue, clock.nanos());
             let lane = &self.lanes[queue];
-            if let Some(at) = lane.engine.poll_timeout() {
+            let probes = lane.paths.poll_timeout().filter(|_| lane.is_busy());
+            for at in [lane.engine.poll_timeout(), lane.saves.poll_timeout(), probes].into_iter().flatten() {
                 wake = wake.min(at.nanos().saturating_sub(self.ahead_nanos));
             }
+            wake = wake.min(room_at.unwrap_or(u64::MAX));
             if let Some(Reverse((at, ..))) = lane.verdicts.peek() {
                 wake = wake.min(*at);
             }
@@ -483,11 +624,13 @@ impl Host for PlaneHost {
         match deed {
             Deed::Fetch(order) => self.start(net, records, order),
             Deed::Lookup(order) => self.lookup(net, records, &order),
+            Deed::Save(order) => self.save(net, records, &order),
             Deed::Cancel(id) => {
                 let clock = self.clock(net);
                 for lane in &mut self.lanes {
                     lane.engine.cancel(clock, FetchId(id));
                     lane.engine.cancel_lookup(clock, LookupId(id));
+                    lane.saves.cancel(id, net.now, records);
                 }
             }
             Deed::ClockJump(nanos) => self.ahead_nanos += nanos,
@@ -506,6 +649,7 @@ impl Host for PlaneHost {
             assert_eq!(engine.in_flight_segments(), 0, "segments left in flight");
             assert_eq!(engine.memory_segments(), 0, "memory left");
             assert_eq!(lane.kept_segments, 0, "packets left");
+            lane.saves.assert_quiet();
             assert!(lane.parts.is_empty() && lane.verdicts.is_empty(), "ends or verdicts left");
         }
         assert!(self.wholes.is_empty() && self.lookups.is_empty(), "fetches or lookups left");
@@ -513,6 +657,8 @@ impl Host for PlaneHost {
 
     fn counters(&self) -> Vec<(String, u64)> {
         let mut sums = vec![("pulls", 0), ("asked", 0), ("asked_again", 0), ("timeouts", 0), ("corrupt", 0)];
+        sums.extend([("failovers", 0), ("chunks_hedged", 0), ("segments_hedged", 0), ("planes_hedged", 0)]);
+        sums.extend([("lookups", 0), ("lookups_again", 0)]);
         for lane in &self.lanes {
             let counters = lane.engine.counters();
             let values = [
@@ -521,6 +667,12 @@ impl Host for PlaneHost {
                 counters.segments_asked_again,
                 counters.timeouts,
                 counters.planes_corrupt,
+                counters.failovers,
+                counters.chunks_hedged,
+                counters.segments_hedged,
+                counters.planes_hedged,
+                counters.lookups_sent,
+                counters.lookups_again,
             ];
             sums.iter_mut().zip(values).for_each(|(sum, value)| sum.1 += value);
         }

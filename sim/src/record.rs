@@ -1,6 +1,6 @@
 //! What became of each fetch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
@@ -39,14 +39,37 @@ pub struct Answer {
     pub ended: Option<(End, u32)>,
 }
 
+/// What a save was to do and did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Saved {
+    /// The data plane.
+    pub plane: u32,
+    /// When it was started.
+    pub started_at: u64,
+    /// When the last of its offers ended.
+    pub ended: Option<u64>,
+    /// Offers that have not ended: one for each chunk and store.
+    pub left: u32,
+    /// Of those that have, which the store says it has, and which not.
+    pub stored: u32,
+    /// See above.
+    pub refused: u32,
+    /// Bytes of chunks that a store says it has.
+    pub bytes: u64,
+}
+
 /// All fetches of a run, and how many bytes had arrived when.
 #[derive(Debug, Default)]
 pub struct Records {
     /// By the order's id.
     pub fetches: BTreeMap<u64, Record>,
+    /// Saves, by the order's id.
+    pub saves: BTreeMap<u64, Saved>,
+    /// Chunks that a host was ever seen to hold, of those that were offered to it.
+    pub held: BTreeSet<(u32, u32)>,
     /// Lookups, by the order's id.
     pub lookups: BTreeMap<u64, Answer>,
-    /// Payload that data planes took in, by host: each byte once.
+    /// Payload that was taken in, by host: each byte once.
     pub taken_in: BTreeMap<u32, u64>,
     /// Fetches that have not ended.
     pub under_way: u64,
@@ -71,10 +94,29 @@ impl Records {
         assert!(record.delivered <= record.bytes, "fetch {id} delivers more than it wanted");
     }
 
-    /// Payload arrived that the data plane did not have.
+    /// Payload arrived that the host did not have.
     #[inline]
-    pub fn took_in(&mut self, plane: u32, bytes: u64) {
-        *self.taken_in.entry(plane).or_default() += bytes;
+    pub fn took_in(&mut self, host: u32, bytes: u64) {
+        *self.taken_in.entry(host).or_default() += bytes;
+        self.progress += 1;
+    }
+
+    /// A save begins, of so many offers.
+    pub fn save_started(&mut self, id: u64, plane: u32, now: u64, offers: u32) {
+        let save =
+            Saved { plane, started_at: now, ended: None, left: offers, stored: 0, refused: 0, bytes: 0 };
+        assert!(offers > 0 && self.saves.insert(id, save).is_none(), "save {id} was started twice");
+    }
+
+    /// An offer of a save ended; `stored` are the chunk's bytes if the store says that it has them.
+    pub fn offer_ended(&mut self, id: u64, now: u64, stored: Option<u64>) {
+        let save = self.saves.get_mut(&id).expect("only saves that were started end");
+        assert!(save.left > 0 && save.ended.is_none(), "save {id}: each offer ends once");
+        save.left -= 1;
+        save.stored += u32::from(stored.is_some());
+        save.refused += u32::from(stored.is_none());
+        save.bytes += stored.unwrap_or(0);
+        save.ended = (save.left == 0).then_some(now);
         self.progress += 1;
     }
 

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use protocol::put::AcceptConfig;
 use protocol::{FetchConfig, Schedule, ServeConfig};
 use serde::Serialize;
 
 use crate::host::{Deed, Order};
+use crate::intakes::PutConfig;
 use crate::link::{DROPS, Faults, LinkConfig, Loss};
 use crate::net::{SwitchConfig, Way};
 use crate::plane::PlaneConfig;
@@ -26,9 +28,13 @@ pub struct Outcome {
     pub failed: u64,
     /// See above.
     pub cancelled: u64,
+    /// Chunks that a store took, or had, of those offered to it, and that none did.
+    pub saved: u64,
+    /// See above.
+    pub not_saved: u64,
     /// Packets sent.
     pub packets: u64,
-    /// Packets dropped: by the loss model, by a full buffer, by a cut, corrupt, host down, ring full.
+    /// Packets dropped: by the loss model, by a full buffer, by a cut, corrupt, host down, ring full, larger than the path carries.
     pub dropped: [u64; DROPS],
     /// Packets damaged unnoticed, packets duplicated, packets marked.
     pub damaged: u64,
@@ -47,6 +53,8 @@ impl Outcome {
         self.done += other.done;
         self.failed += other.failed;
         self.cancelled += other.cancelled;
+        self.saved += other.saved;
+        self.not_saved += other.not_saved;
         self.packets += other.packets;
         self.dropped.iter_mut().zip(other.dropped).for_each(|(sum, more)| *sum += more);
         self.damaged += other.damaged;
@@ -90,6 +98,11 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
             End::Cancelled => outcome.cancelled += 1,
         }
         digest = mix(digest ^ id.rotate_left(48) ^ at ^ record.delivered.rotate_left(24) ^ end as u64);
+    }
+    for (id, save) in &world.records.saves {
+        outcome.saved += u64::from(save.stored);
+        outcome.not_saved += u64::from(save.refused);
+        digest = mix(digest ^ id.rotate_left(48) ^ save.ended.unwrap_or(0) ^ save.bytes.rotate_left(24));
     }
     outcome.digest = digest;
     outcome
@@ -151,6 +164,12 @@ pub fn scenario(seed: u64) -> Scenario {
     for _ in 0..r.below(8) {
         mishap(r, &mut scenario, end);
     }
+    if r.chance(400_000) {
+        saves(r, &mut scenario);
+    }
+    if fetch.segment_bytes >= 256 && r.chance(400_000) {
+        narrow_paths(r, &mut scenario);
+    }
     scenario
 }
 
@@ -160,7 +179,7 @@ fn budgets(r: &mut Random, chunks: &ChunkSpec, stores: u16, seed: u64) -> FetchC
     let mut fetch = FetchConfig {
         queue: 0,
         queues: number(r.pick(&[1, 1, 2, 3])),
-        max_fetches: 16,
+        max_fetches: 24,
         max_lookups: 4,
         max_chunks_per_fetch: 32,
         active_chunks: number(r.between(1, 16)),
@@ -199,13 +218,12 @@ fn lcore(r: &mut Random) -> Lcore {
 fn plane(r: &mut Random, fetch: FetchConfig, replicas: u8) -> PlaneSpec {
     let rare = |r: &mut Random, most| if r.chance(200_000) { number(r.below(most)) } else { 0 };
     let config = PlaneConfig {
-        fetch,
-        first_store: 0,
         replicas,
         decoders: number(r.between(1, 4)),
         decode_nanos: r.pick(&[0, 1000, 50_000, 500_000]),
         false_corrupt: rare(r, 100_000),
         rejected: rare(r, 20_000),
+        ..PlaneConfig::new(fetch)
     };
     PlaneSpec { up: link(r), down: link(r), config, lcore: lcore(r) }
 }
@@ -219,7 +237,7 @@ fn store(r: &mut Random) -> StoreSpec {
         turn_bytes: number(r.pick(&[1, 2000, 32 << 10])),
         ..ServeConfig::default()
     };
-    let config = StoreConfig { serve, ring_bytes: r.pick(&[3000, 100_000]), materialize: false };
+    let config = StoreConfig { serve, ring_bytes: r.pick(&[3000, 100_000]), ..StoreConfig::default() };
     let lacks = if r.chance(200_000) { vec![number(r.below(20))] } else { Vec::new() };
     StoreSpec { up: link(r), down: link(r), config, lcore: lcore(r), lacks }
 }
@@ -271,6 +289,71 @@ fn fetches(r: &mut Random, scenario: &mut Scenario) -> u64 {
         at += r.below(2_000_000);
     }
     end
+}
+
+/// Has stores take chunks that they lack, within bounded memory, and data planes offer some and fetch them then.
+fn saves(r: &mut Random, scenario: &mut Scenario) {
+    let fetch = scenario.planes[0].config.fetch;
+    scenario.planes.iter_mut().for_each(|plane| plane.config.max_offers = number(r.between(1, 4)));
+    for store in &mut scenario.stores {
+        let accept = AcceptConfig {
+            max_intakes: number(r.between(1, 4)),
+            max_chunk_bytes: number(r.pick(&[5000, 1 << 20, 1 << 20, 1 << 20])),
+            segment_bytes: fetch.segment_bytes,
+            window_segments: number(r.pick(&[1, 8, 64, 500])),
+            rto_min: fetch.rto_min,
+            rto_max: fetch.rto_max,
+            silence: Duration::from_millis(r.between(5, 400)),
+            corrupt_retries: number(r.below(4)),
+            retry_ms: number(r.between(1, 20)),
+            ..AcceptConfig::default()
+        };
+        let memory_bytes = r.pick(&[20_000, 300_000, 2_000_000, 1 << 40]);
+        let is_pinned = r.chance(300_000);
+        store.config.put = PutConfig { accept, memory_bytes, think_nanos: r.below(1_000_000), is_pinned };
+        store.lacks.extend((0..r.below(10)).map(|_| number::<u32>(r.below(20))));
+    }
+    let (planes, stores) = (scenario.planes.len() as u64, scenario.stores.len() as u64);
+    for id in 0..r.between(1, 4) {
+        let first: u32 = number(r.below(20));
+        let chunks = first..first + number::<u32>(r.between(1, u64::from(20 - first)));
+        let deadline_nanos = r.pick(&[1_000_000, 60_000_000, 400_000_000, 3_000_000_000]);
+        let store = scenario.store(number(r.below(stores)));
+        let stores = if r.chance(300_000) { Vec::new() } else { vec![store] };
+        let (at, plane) = (r.below(5_000_000), number(r.below(planes)));
+        let order = Order { id: 1000 + id, stores, chunks, deadline_nanos };
+        scenario.actions.push((at, Action::Host(plane, Deed::Save(order.clone()))));
+        let later = at + r.below(100_000_000);
+        if r.chance(200_000) {
+            scenario.actions.push((later, Action::Host(plane, Deed::Cancel(order.id))));
+        }
+        scenario.fetch(later, number(r.below(planes)), Order { id: 2000 + id, ..order });
+    }
+}
+
+/// UDP payloads that paths carry: everything that is no probe, no segment larger than of an MTU of 1,500, and more.
+const CARRIES: [u32; 5] = [1472, 2000, 4000, 8992, u32::MAX];
+
+/// Lets ports have large MTUs, and paths carry less, or soon less, than that.
+fn narrow_paths(r: &mut Random, scenario: &mut Scenario) {
+    const MOST: u16 = 8960;
+    scenario.planes.iter_mut().for_each(|plane| plane.config.most_segment_bytes = MOST);
+    for store in &mut scenario.stores {
+        store.config.serve.max_segment_bytes = MOST;
+        store.config.put.accept.segment_bytes = MOST;
+    }
+    let hosts = (scenario.planes.len() + scenario.stores.len()) as u64;
+    for plane in &mut scenario.planes {
+        (plane.up.carries_bytes, plane.down.carries_bytes) = (r.pick(&CARRIES), r.pick(&CARRIES));
+    }
+    for store in &mut scenario.stores {
+        (store.up.carries_bytes, store.down.carries_bytes) = (r.pick(&CARRIES), r.pick(&CARRIES));
+    }
+    for _ in 0..r.below(4) {
+        let (host, way) = (number(r.below(hosts)), r.pick(&[Way::Up, Way::Down]));
+        let at = r.pick(&[3_000_000, 300_000_000]);
+        scenario.actions.push((r.below(at), Action::Carries(host, way, r.pick(&CARRIES))));
+    }
 }
 
 /// Adds something that goes wrong for a while.

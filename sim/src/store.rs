@@ -3,12 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::rc::Rc;
 
+use protocol::put::AcceptEngine;
 use protocol::{Instant, Peer, ServeConfig, ServeEngine};
 
-use crate::content::{Catalogue, Shelf, byte_at};
+use crate::content::{Catalogue, Shelf};
 use crate::host::{Deed, Host};
+use crate::intakes::{Intakes, PutConfig};
 use crate::net::{Net, Way};
-use crate::packet::Source;
 use crate::record::Records;
 
 /// Room for the largest message but DATA: a reply to a PROBE of a large MTU.
@@ -23,8 +24,8 @@ pub fn peer_of(host: u32, queue: u16) -> Peer {
     Peer { mac: [2, 0, 0, a, b, c], ip, port: PORT + queue }
 }
 
-/// The host and queue that a store's peer is.
-fn host_of(peer: &Peer) -> (u32, u16) {
+/// The host and queue that a peer is.
+pub fn host_of(peer: &Peer) -> (u32, u16) {
     let [_, _, _, a, b, c] = peer.mac;
     (u32::from_be_bytes([0, a, b, c]), peer.port - PORT)
 }
@@ -38,11 +39,18 @@ pub struct StoreConfig {
     pub ring_bytes: u64,
     /// Whether payloads are written out, to be compared byte by byte on arrival.
     pub materialize: bool,
+    /// What it takes from data planes.
+    pub put: PutConfig,
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        StoreConfig { serve: ServeConfig::default(), ring_bytes: 64 * 1600, materialize: false }
+        StoreConfig {
+            serve: ServeConfig::default(),
+            ring_bytes: 64 * 1600,
+            materialize: false,
+            put: PutConfig::default(),
+        }
     }
 }
 
@@ -54,7 +62,9 @@ pub struct StoreHost {
     engine: ServeEngine,
     epoch: u64,
     shelf: Shelf,
+    intakes: Intakes,
     is_up: bool,
+    scratch: Vec<u8>,
 }
 
 impl StoreHost {
@@ -62,10 +72,19 @@ impl StoreHost {
     pub fn new(id: u32, config: StoreConfig, catalogue: Rc<Catalogue>, held: Vec<bool>) -> StoreHost {
         let epoch = 1_000_000 + u64::from(id);
         let engine = ServeEngine::new(ServeConfig { epoch, ..config.serve });
-        StoreHost { id, config, engine, epoch, shelf: Shelf::new(catalogue, held), is_up: true }
+        StoreHost {
+            id,
+            config,
+            engine,
+            epoch,
+            shelf: Shelf::new(catalogue, held),
+            intakes: Intakes::new(id, config.put, epoch),
+            is_up: true,
+            scratch: Vec::new(),
+        }
     }
 
-    /// Sends what the engine has to send, until it has no more or the transmit ring is full.
+    /// Sends what the engines have to send, until they have no more or the transmit ring is full.
     fn transmit(&mut self, net: &mut Net) -> Option<u64> {
         let now = Instant::from_nanos(net.now);
         let mut out = [0; OUT_BYTES];
@@ -75,8 +94,17 @@ impl StoreHost {
                 // Filled up again when half of it has left.
                 return Some(net.now + link.backlog_nanos(net.now) / 2 + 1);
             }
+            if let Some((to, len)) = self.intakes.poll_transmit(net.now, &mut out) {
+                let (to, queue) = host_of(&to);
+                net.send(self.id, to, |packet| {
+                    packet.queue = queue;
+                    packet.bytes.extend_from_slice(&out[..len]);
+                });
+                continue;
+            }
             let Some(transmit) = self.engine.poll_transmit(now, &mut out) else {
-                return self.engine.poll_timeout().map(Instant::nanos);
+                let due = self.engine.poll_timeout().map(Instant::nanos);
+                return due.into_iter().chain(self.intakes.poll_timeout()).min();
             };
             let (to, queue) = host_of(&transmit.to);
             let head = &out[..transmit.header_bytes];
@@ -88,41 +116,35 @@ impl StoreHost {
                 continue;
             };
             let Some(chunk) = self.shelf.number_at(handle) else { continue };
-            let header = self.shelf.header(chunk);
-            let materialize = self.config.materialize;
+            let (catalogue, materialize) = (self.shelf.catalogue(), self.config.materialize);
             net.send(self.id, to, |packet| {
                 packet.queue = queue;
                 packet.bytes.extend_from_slice(head);
-                packet.payload_bytes = u32::try_from(range.len()).expect("a segment is short");
-                packet.source = Source { chunk, offset: range.start as u64 };
-                if let Some(bytes) = header.get(range.clone()) {
-                    packet.bytes.extend_from_slice(bytes);
-                } else if materialize {
-                    packet.bytes.extend(range.map(|offset| byte_at(chunk, offset as u64)));
-                } else {
-                    packet.tail_bytes = packet.payload_bytes;
-                }
+                catalogue.fill(packet, chunk, range, materialize);
             });
         }
     }
 }
 
 impl Host for StoreHost {
-    fn turn(&mut self, net: &mut Net, _records: &mut Records, rx: &[u32]) -> Option<u64> {
+    fn turn(&mut self, net: &mut Net, records: &mut Records, rx: &[u32]) -> Option<u64> {
         if !self.is_up {
             return None;
         }
         for id in rx {
             let packet = net.packets.get(*id);
             let now = Instant::from_nanos(net.now);
-            // What it drops it counts.
-            let _ = self.engine.handle_datagram(
-                now,
-                peer_of(packet.from, packet.queue),
-                &packet.bytes,
-                &self.shelf,
-            );
+            let from = peer_of(packet.from, packet.queue);
+            if AcceptEngine::takes(&packet.bytes) {
+                let payload = packet.payload(&mut self.scratch);
+                self.intakes.take_in((now, from), packet, payload, &self.shelf, records);
+            } else {
+                // What it drops it counts.
+                let _ = self.engine.handle_datagram(now, from, &packet.bytes, &self.shelf);
+            }
         }
+        let was_damaged = net.counters.damaged > 0;
+        self.intakes.turn(net.now, was_damaged, &mut self.shelf, records);
         let wake = self.transmit(net);
         let counters = self.engine.counters();
         let drops: u64 = counters.drops.iter().sum();
@@ -146,11 +168,15 @@ impl Host for StoreHost {
                 self.is_up = true;
                 self.epoch += 1000;
                 self.shelf.renumber(&mut net.random);
+                self.intakes.restart(self.epoch, &mut self.shelf);
                 self.engine = ServeEngine::new(ServeConfig { epoch: self.epoch, ..self.config.serve });
             }
-            Deed::Forget(chunk) => self.shelf.forget(chunk),
+            Deed::Forget(chunk) => {
+                self.shelf.forget(chunk);
+                self.intakes.forget(chunk, &self.shelf);
+            }
             Deed::ClockJump(_) => {}
-            Deed::Fetch(_) | Deed::Lookup(_) | Deed::Cancel(_) | Deed::DecodeNanos(_) => {
+            Deed::Fetch(_) | Deed::Lookup(_) | Deed::Save(_) | Deed::Cancel(_) | Deed::DecodeNanos(_) => {
                 unreachable!("a store does not fetch")
             }
         }
@@ -161,17 +187,22 @@ impl Host for StoreHost {
     }
 
     fn assert_quiet(&self) {
-        assert!(!self.is_up || self.engine.idle(), "store {} has something left to send", self.id);
+        if self.is_up {
+            assert!(self.engine.idle(), "store {} has something left to send", self.id);
+            self.intakes.assert_quiet();
+        }
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
         let counters = self.engine.counters();
-        vec![
+        let mut all = vec![
             ("store_pulls".into(), counters.pulls),
             ("store_segments".into(), counters.segments),
             ("store_refused".into(), counters.refused),
             ("store_busy".into(), counters.busy),
             ("store_dropped".into(), counters.drops.iter().sum()),
-        ]
+        ];
+        all.extend(self.intakes.counters());
+        all
     }
 }

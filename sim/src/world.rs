@@ -15,6 +15,8 @@ pub enum Action {
     Host(u32, Deed),
     /// What goes wrong on a host's link changes.
     Link(u32, Way, Faults),
+    /// The largest UDP payload that a host's link carries changes; what is larger is dropped without a word.
+    Carries(u32, Way, u32),
     /// Two hosts cannot reach each other.
     Part(u32, u32),
     /// They can again.
@@ -121,6 +123,9 @@ impl World {
         for (id, record) in &self.records.fetches {
             assert!(record.ended.is_some(), "fetch {id} has not ended");
         }
+        for (id, save) in &self.records.saves {
+            assert!(save.ended.is_some(), "save {id} has not ended");
+        }
         for (id, answer) in &self.records.lookups {
             assert!(answer.ended.is_some(), "lookup {id} has not ended");
         }
@@ -191,6 +196,7 @@ impl World {
                 wake(&mut self.hosts, &mut self.net, host);
             }
             Action::Link(host, way, faults) => self.net.set_faults(host, way, faults),
+            Action::Carries(host, way, bytes) => self.net.set_carries(host, way, bytes),
             Action::Part(one, other) => {
                 self.net.cut_pairs.insert((one.min(other), one.max(other)));
             }
