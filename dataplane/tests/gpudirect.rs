@@ -31,7 +31,8 @@ use lab::random::Random;
 
 const STORE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const STORE_PORT: u16 = 4791;
-/// The data plane's ordinary UDP port, and the one behind it whose packets a NIC would put into GPU memory.
+/// The data plane's UDP ports where it has one queue: the ordinary one, and the one behind it whose packets a NIC would put into GPU memory. With
+/// more queues their ordinary ports come first, then the others, and so do the receive queues.
 const PORTS: [u16; 2] = [4800, 4801];
 
 /// A packet of the store's, and the queue that it is to arrive on.
@@ -54,10 +55,11 @@ struct Store {
 }
 
 impl Store {
-    fn open(eal: &Eal, device: &str, name: &str) -> Self {
-        let pool = Pool::new(eal, name, PoolConfig { mbufs: 8191, ..PoolConfig::default() }).unwrap();
-        let config = PortConfig { rx_queues: 2, tx_queues: 2, ..PortConfig::default() };
-        let (port, rx, tx) = Port::open(eal, device, &config, &[pool.clone(), pool.clone()]).unwrap();
+    fn open(eal: &Eal, device: &str, name: &str, queues: u16) -> Self {
+        let pool = Pool::new(eal, name, PoolConfig { mbufs: 2047, ..PoolConfig::default() }).unwrap();
+        let config = PortConfig { rx_queues: queues, tx_queues: queues, ..PortConfig::default() };
+        let pools = vec![pool.clone(); usize::from(queues)];
+        let (port, rx, tx) = Port::open(eal, device, &config, &pools).unwrap();
         let ip = "10.98.0.1".parse().unwrap();
         let local = Local { mac: STORE_MAC, ip, first_port: STORE_PORT, ports: 1, vlan: None };
         let serve = ServeEngine::new(ServeConfig::default());
@@ -80,9 +82,9 @@ impl Store {
     fn step(&mut self, library: &Library, mischief: Mischief<'_>) -> Vec<u16> {
         let mut pulls = Vec::new();
         let mut burst = Burst::new();
-        self.rx.iter_mut().for_each(|rx| {
-            rx.receive(&mut burst);
-        });
+        // In turns: a burst has not room for what all queues have.
+        self.rx.rotate_left(1);
+        self.rx[0].receive(&mut burst);
         for mbuf in burst.drain() {
             let bytes = mbuf.data();
             if bytes[12..14] == [0x08, 0x06] {
@@ -107,7 +109,7 @@ impl Store {
                 payload.extend_from_slice(&library.chunks[usize::try_from(handle).unwrap()][range]);
             }
             let bytes = frames::datagram(&self.local, &transmit.to, &payload);
-            let queue = PORTS.iter().position(|&port| port == transmit.to.port).expect("a port of its own");
+            let queue = usize::from(transmit.to.port - PORTS[0]);
             sending.push(Packet { bytes, queue });
         }
         mischief(&mut sending);
@@ -130,13 +132,16 @@ impl Store {
     }
 }
 
-fn first_cpu() -> usize {
+/// At most two.
+fn cpus() -> Vec<usize> {
     let set = rustix::thread::sched_getaffinity(None).unwrap();
-    (0..rustix::thread::CpuSet::MAX_CPU).find(|&cpu| set.is_set(cpu)).unwrap()
+    (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).take(2).collect()
 }
 
-fn config(device: String, socket: PathBuf, gpu: GpuConfig) -> dataplane::Config {
-    let cpu = first_cpu();
+fn config(device: String, socket: PathBuf, gpu: GpuConfig, queues: u16) -> dataplane::Config {
+    let cpus = cpus();
+    let rx: Vec<String> = cpus[..usize::from(queues)].iter().map(|cpu| format!("rx@{cpu}")).collect();
+    let cpu = cpus[0];
     dataplane::Config {
         iface: iface::IfaceConfig {
             device,
@@ -144,13 +149,13 @@ fn config(device: String, socket: PathBuf, gpu: GpuConfig) -> dataplane::Config 
             vlan: None,
             udp_port: PORTS[0],
             mtu: 1500,
-            queues: 1,
+            queues,
             rx_descriptors: 512,
             tx_descriptors: 512,
             mbufs: 4096,
             rss: None,
         },
-        placement: format!("rx@{cpu},decode@{cpu},dma@{cpu}").parse().unwrap(),
+        placement: format!("{},decode@{cpu},dma@{cpu}", rx.join(",")).parse().unwrap(),
         stores: vec![format!("10.98.0.1:{STORE_PORT}").parse().unwrap()],
         replicas: 1,
         store_mac: None,
@@ -179,6 +184,7 @@ struct Bench {
     store: Store,
     client: Client,
     fake: Arc<FakeDriver>,
+    queues: u16,
     /// The data plane has ended.
     ended: Arc<AtomicBool>,
 }
@@ -197,21 +203,21 @@ fn with_plane(
     eal: &Eal,
     name: &'static str,
     fake: &Arc<FakeDriver>,
-    direct: GpuDirect,
+    (direct, queues): (GpuDirect, u16),
     script: impl FnOnce(&mut Bench) + Send,
 ) -> Result<(), RunError> {
     let driver: Arc<dyn Driver> = fake.clone();
     let gpu = GpuConfig { driver: Some(driver), sink: GpuSinkConfig::default(), direct };
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("control.sock");
-    let (ours, theirs) = Port::ring_pair_with(eal, name, 2, 2048).unwrap();
-    let config = config(theirs, socket.clone(), gpu);
+    let (ours, theirs) = Port::ring_pair_with(eal, name, 2 * queues, 2048).unwrap();
+    let config = config(theirs, socket.clone(), gpu, queues);
     let (stop, ended) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let result = std::thread::scope(|scope| {
         let (stops, ended_too) = (Sets(Arc::clone(&stop)), Arc::clone(&ended));
         scope.spawn(move || {
             let _stops = stops;
-            let store = Store::open(eal, &ours, &format!("store-{name}"));
+            let store = Store::open(eal, &ours, &format!("store-{name}"), 2 * queues);
             while !socket.exists() {
                 if ended_too.load(Ordering::Relaxed) {
                     return;
@@ -219,7 +225,8 @@ fn with_plane(
                 std::thread::sleep(Duration::from_millis(5));
             }
             let client = Client::connect(&socket, &ClientConfig::new(Namespace::default())).unwrap();
-            let mut bench = Bench { store, client, fake: Arc::clone(fake), ended: ended_too };
+            let fake = Arc::clone(fake);
+            let mut bench = Bench { store, client, fake, queues, ended: ended_too };
             script(&mut bench);
         });
         let _ended = Sets(ended);
@@ -272,7 +279,7 @@ impl Bench {
                 counters["dropped"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
             let taken = ["rx_neighbour", "rx_icmp", "segments_accepted", "control_accepted"].map(count);
             let is_settled = stats["gpudirect"]["buffers_in_use"].as_u64().unwrap() == 0
-                && stats["memory"]["mbufs_in_use"].as_u64().unwrap() <= 1
+                && stats["memory"]["mbufs_in_use"].as_u64().unwrap() <= u64::from(self.queues)
                 && count("rx_packets") == drops + taken.iter().sum::<u64>();
             if is_settled {
                 assert_eq!(stats["memory"]["slots_free"], stats["memory"]["slots"]);
@@ -388,10 +395,13 @@ fn fetch_pages(
     bench.settle(library);
     let (direct, planes) = (bench.count("planes_direct") - direct, delivered(bench) - planes);
     assert_eq!(planes, u64::from(SHAPE.planes()) * 3, "{what}");
-    assert!(pulls.contains(&PORTS[0]), "headers are always pulled to host memory");
+    let is_direct = |port: &u16| port - PORTS[0] >= bench.queues;
+    assert!(pulls.iter().any(|port| !is_direct(port)), "headers are always pulled to host memory");
     match way {
-        Way::Direct => assert!(direct == planes && pulls.contains(&PORTS[1]), "{what}: {direct} were direct"),
-        Way::Host => assert!(direct == 0 && !pulls.contains(&PORTS[1]), "{what}: {direct} were direct"),
+        Way::Direct => {
+            assert!(direct == planes && pulls.iter().any(is_direct), "{what}: {direct} were direct");
+        }
+        Way::Host => assert!(direct == 0 && !pulls.iter().any(is_direct), "{what}: {direct} were direct"),
         Way::Either => {}
     }
 }
@@ -407,10 +417,10 @@ fn fetch(bench: &mut Bench, library: &Library, cache: (u8, u16, bool), way: Way)
 
 fn eal() -> Eal {
     let config = EalConfig {
-        lcores: vec![first_cpu()],
+        lcores: cpus(),
         file_prefix: format!("gpudirect-{}", std::process::id()),
         huge: false,
-        memory_mib: Some(192),
+        memory_mib: Some(256),
         ..EalConfig::default()
     };
     Eal::start(&config).unwrap()
@@ -422,7 +432,7 @@ fn raw_planes_go_straight_into_gpu_memory() {
     let eal = eal();
     let (raw, int4) = (Library::new(Codec::Raw.into(), 3), Library::new(Codec::Int4.into(), 4));
     let fake = Arc::new(FakeDriver::new(2, Pace::Random(7)));
-    with_plane(&eal, "direct", &fake, GpuDirect::On, |bench| {
+    with_plane(&eal, "direct", &fake, (GpuDirect::On, 1), |bench| {
         assert_eq!(bench.fake.for_nic(), 1, "there is memory for packets from the start");
         assert!(bench.stats()["gpudirect"]["refused"].is_null());
         for page_tokens in [16, 48, 256] {
@@ -441,6 +451,7 @@ fn raw_planes_go_straight_into_gpu_memory() {
         nobody_else_chooses_the_way(bench, &Library::new(Codec::Lossless.into(), 6));
     })
     .unwrap();
+    two_queues(&eal, &fake, &raw, &int4);
     packets_on_the_wrong_queue(&eal, &fake, &raw);
     a_store_without_checksums(&eal, &fake, &raw);
     falls_back(&eal, &fake, &raw);
@@ -512,6 +523,7 @@ fn bad_network(bench: &mut Bench, library: &Library) {
     let dropped =
         |bench: &Bench, reason: &str| bench.stats()["counters"]["dropped"][reason].as_u64().unwrap();
     let (bad, twice) = (dropped(bench, "bad_udp_checksum"), dropped(bench, "duplicate"));
+    let queues = usize::from(bench.queues);
     for seed in 0..6 {
         let mut random = Random::new(100 + seed);
         fetch_pages(bench, library, (0, 16, false), Way::Direct, &mut |packets| {
@@ -523,7 +535,7 @@ fn bad_network(bench: &mut Bench, library: &Library) {
                 .map(|packet| Packet { bytes: packet.bytes.clone(), queue: packet.queue })
                 .collect();
             packets.extend(again);
-            for packet in packets.iter_mut().filter(|packet| packet.queue == 1) {
+            for packet in packets.iter_mut().filter(|packet| packet.queue >= queues) {
                 if random.chance(50) {
                     let last = packet.bytes.len() - 1;
                     packet.bytes[last] ^= 1 << random.below(8);
@@ -624,6 +636,21 @@ fn what_is_no_segment_is_dropped(bench: &mut Bench, library: &Library) {
     });
 }
 
+/// Each queue has a second half of its own, and its part of the memory.
+fn two_queues(eal: &Eal, fake: &Arc<FakeDriver>, raw: &Library, int4: &Library) {
+    if cpus().len() < 2 {
+        return eprintln!("skipped with two queues: there is one CPU");
+    }
+    with_plane(eal, "two", fake, (GpuDirect::On, 2), |bench| {
+        for page_tokens in [16, 256] {
+            fetch(bench, raw, (0, page_tokens, false), Way::Direct);
+        }
+        fetch(bench, int4, (0, 16, false), Way::Host);
+        bad_network(bench, raw);
+    })
+    .unwrap();
+}
+
 /// Planes that have to be decoded are sent to GPU memory too, and first: none of it is taken for what the pages are to hold.
 fn nobody_else_chooses_the_way(bench: &mut Bench, library: &Library) {
     let (local, mac) = (bench.store.local, bench.store.plane_mac);
@@ -645,7 +672,7 @@ fn nobody_else_chooses_the_way(bench: &mut Bench, library: &Library) {
 
 /// Packets of one plane come to both queues: it is pulled again, and from then on to host memory.
 fn packets_on_the_wrong_queue(eal: &Eal, fake: &Arc<FakeDriver>, library: &Library) {
-    with_plane(eal, "wrong", fake, GpuDirect::On, |bench| {
+    with_plane(eal, "wrong", fake, (GpuDirect::On, 1), |bench| {
         let mut number = 0;
         fetch_pages(bench, library, (0, 16, false), Way::Either, &mut |packets| {
             for packet in packets.iter_mut().filter(|packet| packet.queue == 1) {
@@ -661,7 +688,7 @@ fn packets_on_the_wrong_queue(eal: &Eal, fake: &Arc<FakeDriver>, library: &Libra
 
 /// A store whose packets nobody vouches for is asked for host memory, where the CRC is checked.
 fn a_store_without_checksums(eal: &Eal, fake: &Arc<FakeDriver>, library: &Library) {
-    with_plane(eal, "absent", fake, GpuDirect::Auto, |bench| {
+    with_plane(eal, "absent", fake, (GpuDirect::Auto, 1), |bench| {
         let mut without = |packets: &mut Vec<Packet>| {
             for packet in packets.iter_mut().filter(|packet| packet.bytes[frames::HEADERS + 5] == 4) {
                 packet.bytes[40..42].fill(0);
@@ -678,7 +705,7 @@ fn a_store_without_checksums(eal: &Eal, fake: &Arc<FakeDriver>, library: &Librar
 /// Where it cannot be had, `auto` does without and says why, and `on` does not start.
 fn falls_back(eal: &Eal, fake: &Arc<FakeDriver>, library: &Library) {
     fake.fail(Call::AllocateForNic, 1);
-    with_plane(eal, "auto", fake, GpuDirect::Auto, |bench| {
+    with_plane(eal, "auto", fake, (GpuDirect::Auto, 1), |bench| {
         let stats = bench.stats();
         let why = stats["gpudirect"]["refused"].as_str().expect("a reason");
         assert!(why.contains("cuMemAlloc"), "{why}");
@@ -700,7 +727,7 @@ fn falls_back(eal: &Eal, fake: &Arc<FakeDriver>, library: &Library) {
     })
     .unwrap();
     fake.fail(Call::AllocateForNic, 1);
-    let refused = with_plane(eal, "on", fake, GpuDirect::On, |_| panic!("it must not start"));
+    let refused = with_plane(eal, "on", fake, (GpuDirect::On, 1), |_| panic!("it must not start"));
     let refused = refused.expect_err("it does not start").to_string();
     assert!(refused.contains("--gpudirect on: ") && refused.contains("cuMemAlloc"), "{refused}");
 }
