@@ -115,8 +115,9 @@ pub(crate) struct CodecFlags {
     #[arg(long, value_name = "CODEC", default_value = "int4", conflicts_with = "profile")]
     pub(crate) codec: Codec,
     /// How codes are compressed: zstd, sliced (as small, and several times faster to decode), none (larger, and faster still), or deflate (for compression devices)
-    #[arg(long, value_name = "COMPRESSION", default_value = "zstd", conflicts_with = "profile")]
-    pub(crate) compression: Compression,
+    /// [default: sliced for int8 to int3, zstd for the others]
+    #[arg(long, value_name = "COMPRESSION", conflicts_with = "profile")]
+    pub(crate) compression: Option<Compression>,
     /// Encode each layer's K and V as this file says, which `shadowserve encode --make-profile` writes
     #[arg(long, value_name = "FILE")]
     pub(crate) profile: Option<PathBuf>,
@@ -126,12 +127,17 @@ impl CodecFlags {
     pub(crate) fn codecs(&self) -> anyhow::Result<Codecs> {
         match &self.profile {
             Some(path) => read_profile(path),
-            None => Ok(PlaneCodec { compression: self.compression, ..self.codec.into() }.into()),
+            None => Ok(self.plane_codec().into()),
         }
     }
 }
 
 impl CodecFlags {
+    fn plane_codec(&self) -> PlaneCodec {
+        let plane = PlaneCodec::from(self.codec);
+        PlaneCodec { compression: self.compression.unwrap_or(plane.compression), ..plane }
+    }
+
     /// These flags again, for another process.
     pub(crate) fn arguments(&self) -> Vec<String> {
         let text = |text: &str| text.to_owned();
@@ -141,7 +147,7 @@ impl CodecFlags {
                 text("--codec"),
                 text(self.codec.name()),
                 text("--compression"),
-                text(self.compression.name()),
+                text(self.plane_codec().compression.name()),
             ],
         }
     }

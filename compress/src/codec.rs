@@ -72,6 +72,17 @@ impl Codec {
         }
     }
 
+    /// How its sections are compressed unless told otherwise: what decodes fastest of what makes them about as small as anything
+    /// does. `docs/CODEC.md` has the measurement.
+    #[must_use]
+    pub const fn default_compression(self) -> Compression {
+        match self {
+            Self::Int8 | Self::Int5 | Self::Int4 | Self::Int3 => Compression::Sliced,
+            // High bytes of floats, and codes most of which are the same few: codewords of less than two bits.
+            Self::Raw | Self::Lossless | Self::CacheGen => Compression::Zstd,
+        }
+    }
+
     /// Whether decoding gives back the very bits that were encoded.
     #[must_use]
     pub const fn is_exact(self) -> bool {
@@ -241,10 +252,10 @@ pub struct PlaneCodec {
 pub const DEFAULT_BINS: u8 = 32;
 
 impl From<Codec> for PlaneCodec {
-    /// With zstd; [`DEFAULT_BINS`], and all codes of the integer codecs.
+    /// With [`Codec::default_compression`]; [`DEFAULT_BINS`], and all codes of the integer codecs.
     fn from(codec: Codec) -> Self {
         let bins = if codec == Codec::CacheGen { DEFAULT_BINS } else { 0 };
-        Self { codec, compression: Compression::Zstd, bins, step_milli: 0 }
+        Self { codec, compression: codec.default_compression(), bins, step_milli: 0 }
     }
 }
 

@@ -183,6 +183,11 @@ impl Decoder {
         self
     }
 
+    /// As [`Decoder::with_streaming_stores`], from the next plane on.
+    pub fn set_streaming_stores(&mut self, streaming: bool) {
+        self.inner.streaming = streaming;
+    }
+
     /// Bytes of memory the decoder holds: scratch and zstd context.
     #[must_use]
     pub fn scratch_bytes(&self) -> usize {

@@ -47,7 +47,12 @@ pub mod kernels {
     #[must_use]
     pub fn sliced(bytes: &[u8]) -> Vec<u8> {
         let mut section = Vec::new();
-        crate::sliced::encode(crate::Isa::detect(), bytes, &mut section);
+        crate::sliced::encode(
+            crate::Isa::detect(),
+            bytes,
+            &mut crate::sliced::Parts::default(),
+            &mut section,
+        );
         if section.len() < bytes.len() { section } else { bytes.to_vec() }
     }
 }

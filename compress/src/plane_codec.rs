@@ -1,6 +1,6 @@
 //! A plane's codec as text, in profiles and reports: `CODEC[:BINS][@STEP][/COMPRESSION]`.
 //!
-//! `int4` is all codes and zstd; `int4:11` uses eleven of the sixteen codes; `cachegen:32@0.5` keeps the codes of a token
+//! `int4` is all codes and the codec's own compression; `int4:11` uses eleven of the sixteen codes; `cachegen:32@0.5` keeps the codes of a token
 //! at least half its RMS apart; `int8/none` is not compressed.
 
 use std::fmt;
@@ -28,7 +28,7 @@ impl fmt::Display for PlaneCodec {
         if self.codec == Codec::CacheGen && self.step_milli != 0 {
             write!(f, "@{}", f64::from(self.step_milli) / 1000.0)?;
         }
-        if self.codec != Codec::Raw && self.compression != Compression::Zstd {
+        if self.codec != Codec::Raw && self.compression != self.codec.default_compression() {
             write!(f, "/{}", self.compression)?;
         }
         Ok(())
@@ -42,9 +42,9 @@ impl FromStr for PlaneCodec {
         let unknown = |fault: String| UnknownPlaneCodec { text: text.to_owned(), fault };
         let (rest, compression) = match text.split_once('/') {
             Some((rest, name)) => {
-                (rest, name.parse::<Compression>().map_err(|error| unknown(error.to_string()))?)
+                (rest, Some(name.parse::<Compression>().map_err(|error| unknown(error.to_string()))?))
             }
-            None => (text, Compression::Zstd),
+            None => (text, None),
         };
         let (rest, step) = match rest.split_once('@') {
             Some((rest, step)) => (rest, Some(step)),
@@ -55,14 +55,17 @@ impl FromStr for PlaneCodec {
             None => (rest, None),
         };
         let codec: Codec = name.parse().map_err(|error: crate::UnknownCodec| unknown(error.to_string()))?;
-        let mut plane = Self { compression, ..codec.into() };
+        let mut plane = Self::from(codec);
+        if let Some(compression) = compression {
+            plane.compression = compression;
+        }
         if let Some(bins) = bins {
             plane.bins = parse_bins(codec, bins).map_err(unknown)?;
         }
         if let Some(step) = step {
             plane.step_milli = parse_step(codec, step).map_err(unknown)?;
         }
-        if codec == Codec::Raw && compression != Compression::Zstd {
+        if codec == Codec::Raw && compression.is_some_and(|compression| compression != Compression::Zstd) {
             return Err(unknown("raw is never compressed: write raw alone".to_owned()));
         }
         Ok(plane)

@@ -119,13 +119,21 @@ pub(crate) struct SectionWriter {
     zstd: Result<CCtx<'static>, &'static str>,
     zstd_level: i32,
     isa: Isa,
+    parts: sliced::Parts,
     scratch: Vec<u8>,
 }
 
 impl SectionWriter {
     /// A writer that compresses codes with zstd at `zstd_level`.
     pub(crate) fn new(zstd_level: i32) -> Self {
-        Self { deflate: None, zstd: zstd_context(), zstd_level, isa: Isa::detect(), scratch: Vec::new() }
+        Self {
+            deflate: None,
+            zstd: zstd_context(),
+            zstd_level,
+            isa: Isa::detect(),
+            parts: sliced::Parts::default(),
+            scratch: Vec::new(),
+        }
     }
 
     /// Appends `bytes` to `out` as one section, compressed if that is shorter.
@@ -147,7 +155,7 @@ impl SectionWriter {
             }
             Compression::Zstd => self.write_frame(content, bytes)?,
             Compression::Deflate => self.write_deflate(bytes)?,
-            Compression::Sliced => sliced::encode(self.isa, bytes, &mut self.scratch),
+            Compression::Sliced => sliced::encode(self.isa, bytes, &mut self.parts, &mut self.scratch),
         }
         out.extend_from_slice(if self.scratch.len() < bytes.len() { &self.scratch } else { bytes });
         Ok(())

@@ -10,20 +10,20 @@ use proptest::prelude::*;
 const SHAPE: Shape = Shape { layers: 2, kv_heads: 2, head_dim: 16, tokens: 32, dtype: Dtype::Bf16 };
 const CANARY: u8 = 0xa5;
 
-/// A plane whose codes are skewed, so that zstd makes frames of them.
+/// A plane whose codes are skewed, so that they are compressed.
 fn plane() -> Vec<u8> {
     let value = |element: u16| if element.is_multiple_of(61) { 3.0 } else { f32::from(element % 5) * 0.01 };
     (0..1024).flat_map(|element| half::bf16::from_f32(value(element)).to_le_bytes()).collect()
 }
 
-fn chunk(codec: Codec) -> Vec<u8> {
+fn chunk(codec: impl Into<PlaneCodec>) -> Vec<u8> {
     let (plane, mut chunk) = (plane(), Vec::new());
     Encoder::new(codec, 1).encode_chunk(&[9; 32], &SHAPE, |_, _| &plane, &mut chunk).unwrap();
     chunk
 }
 
 /// The first plane of a chunk: its entry and its bytes.
-fn first_plane(codec: Codec) -> (PlaneEntry, Vec<u8>) {
+fn first_plane(codec: impl Into<PlaneCodec>) -> (PlaneEntry, Vec<u8>) {
     let chunk = chunk(codec);
     let entry = ChunkHeader::parse(&chunk).unwrap().planes[0];
     let start = usize::try_from(entry.offset).unwrap();
@@ -171,7 +171,7 @@ fn forged_entries_are_named() {
     let quantizer = Quantizer::PerToken;
     assert_eq!(parse(17, &[3]), layout(LayoutError::Quantizer { codec, quantizer }));
     assert_eq!(parse(20, &[16]), layout(LayoutError::Bins { codec, bins: 16 }));
-    let (codec, compression) = (Codec::Raw, Compression::Zstd);
+    let (codec, compression) = (Codec::Raw, Codec::Int4.default_compression());
     assert_eq!(parse(16, &[0, 0, 0]), layout(LayoutError::Compression { codec, compression }));
     for bins in [0, 2, 31, 255] {
         let codec = Codec::CacheGen;
@@ -223,7 +223,8 @@ fn damaged_payloads_fail_their_checksum() {
 
 #[test]
 fn forged_payloads_decode_as_the_reference_or_not_at_all() {
-    for codec in Codec::ALL {
+    let zstd = PlaneCodec { compression: Compression::Zstd, ..Codec::Int4.into() };
+    for codec in Codec::ALL.map(PlaneCodec::from).into_iter().chain([zstd]) {
         let (entry, mut encoded) = first_plane(codec);
         for bit in 0..encoded.len() * 8 {
             encoded[bit / 8] ^= 1 << (bit % 8);
@@ -237,9 +238,9 @@ fn forged_payloads_decode_as_the_reference_or_not_at_all() {
     }
 }
 
-/// An `int4` plane with this section behind its scales and offsets.
+/// An `int4` plane with this section behind its scales and offsets, said to be compressed with zstd.
 fn with_section(section: &[u8]) -> Result<Vec<u8>, DecodeError> {
-    let (entry, encoded) = first_plane(Codec::Int4);
+    let (entry, encoded) = first_plane(PlaneCodec { compression: Compression::Zstd, ..Codec::Int4.into() });
     let encoded = [&encoded[..4 * SHAPE.channels()], section].concat();
     decode(&SHAPE, &entry_for(&entry, &encoded), &encoded)
 }

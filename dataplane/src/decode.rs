@@ -264,6 +264,8 @@ fn decode_into(
     };
     let by_page = fetch.by_page(job.chunk);
     let out = if by_page.is_some() { &mut *unordered } else { &mut *slot };
+    // Past the caches only where no CPU reads them next: `docs/CODEC.md` has the measurement.
+    decoder.set_streaming_stores(fetch.only_dma_reads() && by_page.is_none());
     let decoded = match section {
         None => decoder.decode_segments(shape, entry, job.pieces(), out_dtype, out),
         Some(section) => decoder.decode_decompressed(shape, entry, job.pieces(), section, out_dtype, out),

@@ -74,6 +74,11 @@ impl FetchShared {
         }
     }
 
+    /// Whether nothing but a DMA engine reads the slots of this fetch's planes.
+    pub(crate) fn only_dma_reads(&self) -> bool {
+        !matches!(self.target, FetchTarget::Host { .. })
+    }
+
     /// The cache and the chunk's first token in its page table, if a decoded plane is to be put in the order of pages.
     pub(crate) fn by_page(&self, chunk: usize) -> Option<(&PagedMemory, u64)> {
         match (&self.target, self.chunks.get(chunk)?.place) {

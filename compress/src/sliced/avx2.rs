@@ -7,7 +7,7 @@ use std::arch::x86_64::{
     _mm256_slli_epi16, _mm256_storeu_si256, _mm256_sub_epi8, _mm256_subs_epu8, _pdep_u64, _pext_u64,
 };
 
-use super::encode::{Code, Planes, encode_with};
+use super::encode::{Code, Parts, Planes, encode_with};
 use super::{BLOCK_BASE_BYTES, BLOCK_BYTES, LEVELS, Sliced, next_bits};
 
 /// Decodes blocks; stops after one that takes a level beyond its end.
@@ -16,6 +16,28 @@ use super::{BLOCK_BASE_BYTES, BLOCK_BYTES, LEVELS, Sliced, next_bits};
 /// The CPU has these features, the base has these blocks, and no level is beyond its end.
 #[target_feature(enable = "avx2,bmi2,popcnt")]
 pub(super) unsafe fn blocks(
+    sliced: &Sliced<'_>,
+    first: usize,
+    out: &mut [[u8; BLOCK_BYTES]],
+    at: &mut [usize; LEVELS],
+) {
+    // SAFETY: as this function demands.
+    unsafe {
+        if sliced.all_go_on() {
+            blocks_from::<1>(sliced, first, out, at);
+        } else {
+            blocks_from::<0>(sliced, first, out, at);
+        }
+    }
+}
+
+/// Where all codewords go on at the first level, its bits are taken with the base: `FIRST` is the first level that isn't.
+///
+/// # Safety
+/// As [`blocks`].
+#[target_feature(enable = "avx2,bmi2,popcnt")]
+#[inline]
+unsafe fn blocks_from<const FIRST: usize>(
     sliced: &Sliced<'_>,
     first: usize,
     out: &mut [[u8; BLOCK_BYTES]],
@@ -31,10 +53,20 @@ pub(super) unsafe fn blocks(
         let mut base = levels.add(sliced.base_at + first * BLOCK_BASE_BYTES);
         for block in out {
             let mut nodes = [first_nodes(base), first_nodes(base.add(BLOCK_BASE_BYTES / 2))];
-            for (at, threshold) in here.iter_mut().zip(sliced.thresholds) {
-                let threshold = _mm256_set1_epi8(threshold.cast_signed());
+            if FIRST == 1 {
                 for nodes in &mut nodes {
-                    *nodes = next_nodes(*nodes, levels, at, threshold);
+                    *nodes = with_bits(*nodes, levels.add(here[0] / 8));
+                    here[0] += BLOCK_BYTES;
+                }
+            }
+            #[expect(
+                clippy::needless_range_loop,
+                reason = "with `skip`, the compiler keeps no position in a register"
+            )]
+            for level in FIRST..LEVELS {
+                let threshold = _mm256_set1_epi8(sliced.thresholds[level].cast_signed());
+                for nodes in &mut nodes {
+                    *nodes = next_nodes(*nodes, levels, &mut here[level], threshold);
                 }
             }
             let [[low0, low1], [high0, high1]] = nodes;
@@ -52,28 +84,37 @@ pub(super) unsafe fn blocks(
     *at = here;
 }
 
-/// The nodes that 64 codewords lead to with the bits that all have.
+/// The nodes that 64 codewords lead to with their first two bits.
 ///
 /// # Safety
-/// `base` has 24 bytes.
+/// `base` has sixteen bytes.
 #[target_feature(enable = "avx2")]
 #[inline]
 unsafe fn first_nodes(base: *const u8) -> [__m256i; 2] {
     // SAFETY: as this function demands.
-    let [ones, twos, fours] = unsafe {
+    let [ones, twos] = unsafe {
         let plane = base.cast::<u64>();
-        [
-            spread(plane.read_unaligned()),
-            spread(plane.add(1).read_unaligned()),
-            spread(plane.add(2).read_unaligned()),
-        ]
+        [spread(plane.read_unaligned()), spread(plane.add(1).read_unaligned())]
     };
     let mut nodes = [_mm256_setzero_si256(); 2];
     for half in 0..2 {
         // A byte of ones is -1.
-        let fours = _mm256_and_si256(fours[half], _mm256_set1_epi8(4));
-        let twos = _mm256_and_si256(twos[half], _mm256_set1_epi8(2));
-        nodes[half] = _mm256_sub_epi8(_mm256_or_si256(fours, twos), ones[half]);
+        nodes[half] = _mm256_sub_epi8(_mm256_and_si256(twos[half], _mm256_set1_epi8(2)), ones[half]);
+    }
+    nodes
+}
+
+/// The nodes that 64 nodes lead to, all of them with the next bit.
+///
+/// # Safety
+/// `level` has eight bytes.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn with_bits(mut nodes: [__m256i; 2], level: *const u8) -> [__m256i; 2] {
+    // SAFETY: as this function demands.
+    let bits = spread(unsafe { level.cast::<u64>().read_unaligned() });
+    for half in 0..2 {
+        nodes[half] = _mm256_sub_epi8(_mm256_add_epi8(nodes[half], nodes[half]), bits[half]);
     }
     nodes
 }
@@ -126,10 +167,11 @@ fn spread(bits: u64) -> [__m256i; 2] {
 /// # Safety
 /// The CPU has these features.
 #[target_feature(enable = "avx2,bmi2,popcnt")]
-pub(super) unsafe fn encode(bytes: &[u8], out: &mut Vec<u8>) {
+pub(super) unsafe fn encode(bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) {
     // SAFETY: as this function demands.
     encode_with(
         bytes,
+        parts,
         out,
         |code, nibbles| unsafe { planes(code, nibbles) },
         |bits, mask| _pext_u64(bits, mask),
@@ -159,6 +201,7 @@ unsafe fn planes(code: &Code, nibbles: &[u8; BLOCK_BYTES]) -> Planes {
             plane::<7>(bits),
             plane::<6>(bits),
             plane::<5>(bits),
+            plane::<4>(bits),
         ]
     }
 }

@@ -2,13 +2,13 @@
 
 use std::arch::x86_64::{
     __m128i, __m512i, _mm_loadu_si128, _mm512_add_epi8, _mm512_broadcast_i32x4, _mm512_cmpge_epu8_mask,
-    _mm512_gf2p8affine_epi64_epi8, _mm512_loadu_si512, _mm512_mask_add_epi8, _mm512_maskz_loadu_epi8,
-    _mm512_or_si512, _mm512_permutexvar_epi8, _mm512_set1_epi8, _mm512_set1_epi64, _mm512_setzero_si512,
-    _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_storeu_si512, _mm512_subs_epu8, _mm512_test_epi8_mask,
-    _pdep_u64, _pext_u64,
+    _mm512_gf2p8affine_epi64_epi8, _mm512_inserti32x4, _mm512_loadu_si512, _mm512_mask_add_epi8,
+    _mm512_maskz_loadu_epi8, _mm512_or_si512, _mm512_permutexvar_epi8, _mm512_set1_epi8, _mm512_set1_epi64,
+    _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_storeu_si512, _mm512_subs_epu8,
+    _mm512_test_epi8_mask, _pdep_u64, _pext_u64,
 };
 
-use super::encode::{Code, Planes, encode_with};
+use super::encode::{Code, Parts, Planes, encode_with};
 use super::{BLOCK_BASE_BYTES, BLOCK_BYTES, LEVELS, Sliced, next_bits};
 
 /// Blocks decoded together. What is done to one register takes long to come back from the mask registers, so others
@@ -29,9 +29,9 @@ pub(super) unsafe fn blocks(
     let (batches, rest) = out.as_chunks_mut::<BATCH>();
     // SAFETY: as this function demands; `batches` stops where a level is beyond its end.
     unsafe {
-        self::batches(sliced, first, batches, at);
+        batches_of(sliced, first, batches, at);
         if sliced.overrun(at).is_none() {
-            self::batches(sliced, first + BATCH * batches.len(), rest.as_chunks_mut::<1>().0, at);
+            batches_of(sliced, first + BATCH * batches.len(), rest.as_chunks_mut::<1>().0, at);
         }
     }
 }
@@ -40,7 +40,29 @@ pub(super) unsafe fn blocks(
 /// As [`blocks`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni,bmi2,popcnt")]
 #[inline]
-unsafe fn batches<const BLOCKS: usize>(
+unsafe fn batches_of<const BLOCKS: usize>(
+    sliced: &Sliced<'_>,
+    first: usize,
+    out: &mut [[[u8; BLOCK_BYTES]; BLOCKS]],
+    at: &mut [usize; LEVELS],
+) {
+    // SAFETY: as this function demands.
+    unsafe {
+        if sliced.all_go_on() {
+            batches::<BLOCKS, 1>(sliced, first, out, at);
+        } else {
+            batches::<BLOCKS, 0>(sliced, first, out, at);
+        }
+    }
+}
+
+/// Where all codewords go on at the first level, its bits are taken with the base: `FIRST` is the first level that isn't.
+///
+/// # Safety
+/// As [`blocks`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni,bmi2,popcnt")]
+#[inline]
+unsafe fn batches<const BLOCKS: usize, const FIRST: usize>(
     sliced: &Sliced<'_>,
     first: usize,
     out: &mut [[[u8; BLOCK_BYTES]; BLOCKS]],
@@ -59,11 +81,17 @@ unsafe fn batches<const BLOCKS: usize>(
             let mut nodes = [[_mm512_setzero_si512(); 2]; BLOCKS];
             for (block, nodes) in nodes.iter_mut().enumerate() {
                 let base = base.add(block * BLOCK_BASE_BYTES);
-                *nodes = first_nodes(base);
+                *nodes = if FIRST == 0 {
+                    first_nodes(base)
+                } else {
+                    let level = levels.add(here[0] / 8);
+                    here[0] += 2 * BLOCK_BYTES;
+                    first_nodes_all(base, level)
+                };
             }
-            for (at, threshold) in here.iter_mut().zip(thresholds) {
+            for level in FIRST..LEVELS {
                 for node in nodes.as_flattened_mut() {
-                    *node = next_nodes(*node, levels, at, threshold);
+                    *node = next_nodes(*node, levels, &mut here[level], thresholds[level]);
                 }
             }
             for ([low, high], block) in nodes.into_iter().zip(batch) {
@@ -80,39 +108,62 @@ unsafe fn batches<const BLOCKS: usize>(
     *at = here;
 }
 
-/// The nodes that the codewords of a block's low and high nibbles lead to with the bits that all have.
+/// The nodes that the codewords of a block's low and high nibbles lead to with their first two bits.
 ///
 /// # Safety
-/// `base` has 48 bytes.
+/// `base` has 32 bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
 #[inline]
 unsafe fn first_nodes(base: *const u8) -> [__m512i; 2] {
-    // For eight codewords, zeros and a byte of each plane.
-    const PLANES: [[u8; 64]; 2] = {
-        let mut planes = [[0xff; 64]; 2];
-        let mut index = 0_u8;
-        while index < 64 {
-            // The last byte of a matrix makes the lowest bit.
-            let plane = 7 - index % 8;
-            if plane < 3 {
-                planes[0][index as usize] = 8 * plane + index / 8;
-                planes[1][index as usize] = 24 + 8 * plane + index / 8;
-            }
-            index += 1;
-        }
-        planes
+    const PLACES: [[u8; 64]; 2] = [places([Some(0), Some(8), None]), places([Some(16), Some(24), None])];
+    // SAFETY: 32 bytes are read.
+    let bytes = unsafe { _mm512_maskz_loadu_epi8((1 << BLOCK_BASE_BYTES) - 1, base.cast()) };
+    [transposed(bytes, &PLACES[0]), transposed(bytes, &PLACES[1])]
+}
+
+/// As [`first_nodes`], with three bits: the last from `level`.
+///
+/// # Safety
+/// `base` has 32 bytes, `level` sixteen.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
+#[inline]
+unsafe fn first_nodes_all(base: *const u8, level: *const u8) -> [__m512i; 2] {
+    const PLACES: [[u8; 64]; 2] =
+        [places([Some(32), Some(0), Some(8)]), places([Some(40), Some(16), Some(24)])];
+    // SAFETY: 32 and sixteen bytes are read.
+    let (bytes, level) = unsafe {
+        (_mm512_maskz_loadu_epi8((1 << BLOCK_BASE_BYTES) - 1, base.cast()), _mm_loadu_si128(level.cast()))
     };
-    // SAFETY: 48 bytes are read; 64 bytes each.
-    unsafe {
-        let base = _mm512_maskz_loadu_epi8((1 << BLOCK_BASE_BYTES) - 1, base.cast());
-        PLANES.map(|places| {
-            // 0xff picks the last byte, which is zero.
-            let planes = _mm512_permutexvar_epi8(_mm512_loadu_si512(places.as_ptr().cast()), base);
-            // A matrix whose rows are planes, times a column with a single one: that codeword's bits.
-            let columns = _mm512_set1_epi64(0x8040_2010_0804_0201_u64.cast_signed());
-            _mm512_gf2p8affine_epi64_epi8::<0>(columns, planes)
-        })
+    let bytes = _mm512_inserti32x4::<2>(bytes, level);
+    [transposed(bytes, &PLACES[0]), transposed(bytes, &PLACES[1])]
+}
+
+/// For each eight codewords, where the bytes of their bits are, the lowest bit first. Where there are none, a byte
+/// is taken that is zero.
+const fn places(bits: [Option<u8>; 3]) -> [u8; 64] {
+    let mut places = [63; 64];
+    let (mut bit, mut eight) = (0, 0_u8);
+    while bit < bits.len() {
+        if let Some(first) = bits[bit] {
+            // The last byte of a matrix makes the lowest bit.
+            places[8 * eight as usize + 7 - bit] = first + eight;
+        }
+        eight += 1;
+        if eight == 8 {
+            (bit, eight) = (bit + 1, 0);
+        }
     }
+    places
+}
+
+/// A matrix whose rows are these bytes, times columns with a single one: the bits of each codeword.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
+#[inline]
+fn transposed(bytes: __m512i, places: &[u8; 64]) -> __m512i {
+    // SAFETY: 64 bytes.
+    let places = unsafe { _mm512_loadu_si512(places.as_ptr().cast()) };
+    let columns = _mm512_set1_epi64(0x8040_2010_0804_0201_u64.cast_signed());
+    _mm512_gf2p8affine_epi64_epi8::<0>(columns, _mm512_permutexvar_epi8(places, bytes))
 }
 
 /// The nodes one level further, of those that go on.
@@ -145,10 +196,11 @@ fn table(bytes: &[u8; 16]) -> __m512i {
 /// # Safety
 /// The CPU has these features.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni,bmi2,popcnt")]
-pub(super) unsafe fn encode(bytes: &[u8], out: &mut Vec<u8>) {
+pub(super) unsafe fn encode(bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) {
     // SAFETY: as this function demands.
     encode_with(
         bytes,
+        parts,
         out,
         |code, nibbles| unsafe { planes(code, nibbles) },
         |bits, mask| _pext_u64(bits, mask),
@@ -175,5 +227,6 @@ unsafe fn planes(code: &Code, nibbles: &[u8; BLOCK_BYTES]) -> Planes {
         plane(bits, 0),
         plane(bits, 1),
         plane(bits, 2),
+        plane(bits, 3),
     ]
 }

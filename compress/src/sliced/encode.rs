@@ -1,6 +1,6 @@
 //! The encoder of `sliced`: ranks and thresholds from a histogram, then a block at a time.
 
-use super::{BASE_BITS, BLOCK_BASE_BYTES, BLOCK_BYTES, HEADER_BYTES, LEVELS, is_code};
+use super::{BASE_BITS, BLOCK_BASE_BYTES, BLOCK_BYTES, HEADER_BYTES, LEVELS};
 use crate::Isa;
 
 /// Bits of a codeword by place: the base, whether each level goes on, and the bit there.
@@ -8,6 +8,13 @@ const PLANES: usize = BASE_BITS + 2 * LEVELS;
 
 /// Of 64 nibbles, each bit of their codewords.
 pub(super) type Planes = [u64; PLANES];
+
+/// The parts of a section as they grow; kept, so that nothing is allocated for the next.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    levels: [Bits; LEVELS],
+    base: Vec<u8>,
+}
 
 /// The code of a section.
 pub(super) struct Code {
@@ -37,7 +44,7 @@ impl Code {
             *byte = ranks[0] | ranks[1] << 4;
         }
         out[8..8 + LEVELS].copy_from_slice(&self.thresholds);
-        for (place, length) in out[9 + LEVELS..].chunks_exact_mut(4).zip(lengths) {
+        for (place, length) in out[8 + LEVELS..].chunks_exact_mut(4).zip(lengths) {
             place.copy_from_slice(&u32::try_from(length).expect("a section of 16 MiB").to_le_bytes());
         }
     }
@@ -56,39 +63,53 @@ fn codeword(rank: u8, thresholds: [u8; LEVELS]) -> (u8, u8) {
     (shape | node, bits)
 }
 
-/// The thresholds of sixteen codewords that take the fewest bits, for counts that do not rise.
+/// The thresholds of a codeword for each rank that occurs that take the fewest bits, for counts that do not rise.
 fn best_thresholds(counts: &[u64; 16]) -> [u8; LEVELS] {
-    let beyond = |rank: u8| counts[usize::from(rank).min(16)..].iter().sum::<u64>();
-    let mut best = (u64::MAX, [0; LEVELS]);
-    for first in 0..=8 {
-        for second in first..=16 {
-            for third in second..=16 {
-                let thresholds = [first, second, third];
-                let cost = thresholds.map(beyond).into_iter().sum();
-                if cost < best.0 && is_code(thresholds) && codewords(thresholds) == 16 {
-                    best = (cost, thresholds);
-                }
-            }
-        }
+    let used = counts.iter().filter(|&&count| count > 0).count();
+    // How many are at a rank or beyond it.
+    let mut beyond = [0; 17];
+    for rank in (0..16).rev() {
+        beyond[rank] = beyond[rank + 1] + counts[rank];
     }
+    let mut best = (u64::MAX, [0; LEVELS]);
+    search(&beyond, used, 0, 1 << BASE_BITS, 0, [0; LEVELS], &mut best);
     best.1
 }
 
-/// How many codewords thresholds lead to.
-fn codewords(thresholds: [u8; LEVELS]) -> u8 {
-    thresholds.into_iter().fold(1 << BASE_BITS, |nodes, threshold| nodes + (nodes - threshold))
+/// Tries all thresholds of `level` and those after it, from so many nodes.
+fn search(
+    beyond: &[u64; 17],
+    used: usize,
+    level: usize,
+    nodes: u8,
+    cost: u64,
+    mut thresholds: [u8; LEVELS],
+    best: &mut (u64, [u8; LEVELS]),
+) {
+    if level == LEVELS {
+        if usize::from(nodes) >= used && cost < best.0 {
+            *best = (cost, thresholds);
+        }
+        return;
+    }
+    let previous = level.checked_sub(1).map_or(0, |previous| thresholds[previous]);
+    for threshold in previous.max((2 * nodes).saturating_sub(16))..=nodes {
+        thresholds[level] = threshold;
+        let cost = cost + beyond[usize::from(threshold)];
+        search(beyond, used, level + 1, 2 * nodes - threshold, cost, thresholds, best);
+    }
 }
 
 /// Appends the section that `bytes` make, whether it is shorter or not.
-pub(crate) fn encode(isa: Isa, bytes: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn encode(isa: Isa, bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: this instruction set is chosen only where the CPU has it.
-        Isa::Avx512 => unsafe { super::avx512::encode(bytes, out) },
+        Isa::Avx512 => unsafe { super::avx512::encode(bytes, parts, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
-        Isa::Avx2 => unsafe { super::avx2::encode(bytes, out) },
-        _ => encode_with(bytes, out, planes, extract),
+        Isa::Avx2 => unsafe { super::avx2::encode(bytes, parts, out) },
+        _ => encode_with(bytes, parts, out, planes, extract),
     }
 }
 
@@ -96,14 +117,15 @@ pub(crate) fn encode(isa: Isa, bytes: &[u8], out: &mut Vec<u8>) {
 #[inline(always)]
 pub(super) fn encode_with(
     bytes: &[u8],
+    Parts { levels, base }: &mut Parts,
     out: &mut Vec<u8>,
     planes: impl Fn(&Code, &[u8; BLOCK_BYTES]) -> Planes,
     extract: impl Fn(u64, u64) -> u64,
 ) {
     let code = Code::new(&histogram(bytes));
-    let blocks = bytes.len().div_ceil(BLOCK_BYTES);
-    let mut levels: [Bits; LEVELS] = std::array::from_fn(|_| Bits::with_capacity(2 * bytes.len()));
-    let mut base = Vec::with_capacity(blocks * BLOCK_BASE_BYTES);
+    base.clear();
+    base.reserve(bytes.len().div_ceil(BLOCK_BYTES) * BLOCK_BASE_BYTES);
+    levels.iter_mut().for_each(|level| level.clear(2 * bytes.len()));
     let mut write = |block: &[u8; BLOCK_BYTES]| {
         for nibbles in [block.map(|byte| byte & 0x0f), block.map(|byte| byte >> 4)] {
             let planes = planes(&code, &nibbles);
@@ -122,11 +144,11 @@ pub(super) fn encode_with(
         last[..rest.len()].copy_from_slice(rest);
         write(&last);
     }
-    let levels = levels.map(Bits::into_bytes);
+    levels.iter_mut().for_each(Bits::finish);
     let header_at = out.len();
     out.resize(header_at + HEADER_BYTES, 0);
-    code.write_header([levels[0].len(), levels[1].len(), levels[2].len()], &mut out[header_at..]);
-    levels.iter().chain([&base]).for_each(|part| out.extend_from_slice(part));
+    code.write_header(std::array::from_fn(|level| levels[level].bytes.len()), &mut out[header_at..]);
+    levels.iter().map(|level| &level.bytes).chain([&*base]).for_each(|part| out.extend_from_slice(part));
 }
 
 fn histogram(bytes: &[u8]) -> [u64; 16] {
@@ -180,6 +202,7 @@ fn extract(bits: u64, mut mask: u64) -> u64 {
 }
 
 /// Bits one behind the other, from the lowest of each byte up.
+#[derive(Debug, Default)]
 struct Bits {
     bytes: Vec<u8>,
     /// Those that make no eight bytes yet.
@@ -188,8 +211,11 @@ struct Bits {
 }
 
 impl Bits {
-    fn with_capacity(bits: usize) -> Self {
-        Self { bytes: Vec::with_capacity(bits / 8 + 16), rest: 0, rest_bits: 0 }
+    /// Makes room for so many bits, so that later sections of this size find it.
+    fn clear(&mut self, bits: usize) {
+        self.bytes.clear();
+        self.bytes.reserve(bits / 8 + 8);
+        (self.rest, self.rest_bits) = (0, 0);
     }
 
     /// Appends the `count` lowest bits, up to 64; the others are 0.
@@ -204,9 +230,8 @@ impl Bits {
         self.rest_bits = total % 64;
     }
 
-    fn into_bytes(mut self) -> Vec<u8> {
+    fn finish(&mut self) {
         let rest = self.rest.to_le_bytes();
         self.bytes.extend_from_slice(&rest[..self.rest_bits.div_ceil(8) as usize]);
-        self.bytes
     }
 }

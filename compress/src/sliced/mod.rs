@@ -2,7 +2,7 @@
 //! time, with masks.
 //!
 //! zstd decodes codewords one after the other, because where one begins follows from the length of the one before. Here
-//! the first three bits of every codeword lie at fixed places, and the fourth, fifth and sixth bits in three streams of
+//! the first two bits of every codeword lie at fixed places, and the third to the sixth bits in four streams of
 //! their own: a comparison tells which of 64 codewords go on, and the next bits of the stream are dealt out to those
 //! (`pdep`). `docs/FORMAT.md` has the bytes, `docs/CODEC.md` what it gives.
 //!
@@ -18,20 +18,20 @@ mod encode;
 mod neon;
 mod scalar;
 
-pub(crate) use encode::encode;
+pub(crate) use encode::{Parts, encode};
 
 use crate::Isa;
 
 /// Bits that every codeword has.
-const BASE_BITS: usize = 3;
+const BASE_BITS: usize = 2;
 /// Further bits of the longest codewords.
-const LEVELS: usize = 3;
+const LEVELS: usize = 4;
 /// Decompressed bytes of a block: 64 low nibbles and 64 high ones.
 const BLOCK_BYTES: usize = 64;
 /// What a block takes of the base: for each bit, one of 64 low nibbles; then those of the high ones.
 const BLOCK_BASE_BYTES: usize = 2 * BASE_BITS * 8;
-/// Ranks, thresholds, a zero, and the bytes of each level.
-const HEADER_BYTES: usize = 8 + LEVELS + 1 + 4 * LEVELS;
+/// Ranks, thresholds, and the bytes of each level.
+const HEADER_BYTES: usize = 8 + LEVELS + 4 * LEVELS;
 
 /// Why a section is not what `sliced` makes of so many bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -44,16 +44,13 @@ pub enum SlicedError {
         /// Bytes of header, levels and base.
         expected_bytes: u64,
     },
-    /// A byte that must be 0 is not.
-    #[error("a sliced section's header has a byte {0:#04x} that must be 0")]
-    Reserved(u8),
     /// The thresholds describe no code of sixteen nibbles.
     #[error("a sliced section's thresholds {0:?} fall, or lead to more than sixteen codewords")]
     Thresholds([u8; LEVELS]),
     /// Codewords take more or fewer bits of a level than it has.
     #[error("the codewords of a sliced section take other bits of level {level} than it has")]
     Bits {
-        /// The level, 1 to 3.
+        /// The level, 1 to 4.
         level: usize,
     },
 }
@@ -81,13 +78,9 @@ impl<'a> Sliced<'a> {
         };
         let header = bytes.first_chunk::<HEADER_BYTES>().ok_or(needed(0))?;
         let (ranks, rest) = header.split_at(8);
-        let (thresholds, rest) = rest.split_at(LEVELS);
-        let (&reserved, lengths) = rest.split_first().expect("a header has twelve bytes here");
-        if reserved != 0 {
-            return Err(SlicedError::Reserved(reserved));
-        }
+        let (thresholds, lengths) = rest.split_at(LEVELS);
         let order = std::array::from_fn(|rank| ranks[rank / 2] >> (4 * (rank % 2)) & 0x0f);
-        let thresholds = [thresholds[0], thresholds[1], thresholds[2]];
+        let thresholds = std::array::from_fn(|level| thresholds[level]);
         let lengths: [u32; LEVELS] = std::array::from_fn(|level| {
             let bytes = &lengths[4 * level..];
             u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
@@ -120,13 +113,19 @@ impl<'a> Sliced<'a> {
         Ok(())
     }
 
+    /// Whether every codeword goes on at the first level, so that its bits lie as regularly as the base.
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(dead_code))]
+    fn all_go_on(&self) -> bool {
+        self.thresholds[0] == 0
+    }
+
     /// The first level that has been taken further than its end.
     fn overrun(&self, at: &[usize; LEVELS]) -> Option<usize> {
         at.iter().zip(self.levels).position(|(&at, (_, end))| at > end)
     }
 }
 
-/// Whether thresholds lead from eight nodes to at most sixteen, each level's leaves before those of the next.
+/// Whether thresholds lead from four nodes to at most sixteen, each level's leaves before those of the next.
 const fn is_code(thresholds: [u8; LEVELS]) -> bool {
     let (mut nodes, mut previous, mut level) = (1_u32 << BASE_BITS, 0, 0);
     while level < LEVELS {
@@ -167,7 +166,7 @@ fn decode_blocks(
     at: &mut [usize; LEVELS],
 ) -> Result<(), SlicedError> {
     // The kernels rely on it: blocks decoded together take at most 128 bits of a level each, and at least as many bases of
-    // 48 bytes lie behind the levels, so that nine bytes may be read from wherever a level stands.
+    // 32 bytes lie behind the levels, so that nine bytes may be read from wherever a level stands.
     let base = &sliced.bytes[sliced.base_at..];
     assert!((first + out.len()) * BLOCK_BASE_BYTES <= base.len() && sliced.overrun(at).is_none());
     match isa {
@@ -228,7 +227,7 @@ mod tests {
 
     fn encoded(isa: Isa, bytes: &[u8]) -> Vec<u8> {
         let mut section = vec![0xee; 3];
-        encode(isa, bytes, &mut section);
+        encode(isa, bytes, &mut Parts::default(), &mut section);
         section.split_off(3)
     }
 
@@ -267,7 +266,7 @@ mod tests {
         fn any_thresholds_that_are_a_code_lead_to_at_most_sixteen_nodes(thresholds: [u8; LEVELS]) {
             let thresholds = thresholds.map(|threshold| threshold % 18);
             if is_code(thresholds) {
-                let nodes = thresholds.into_iter().fold(8, |nodes, threshold| nodes + (nodes - threshold));
+                let nodes = thresholds.into_iter().fold(4, |nodes, threshold| nodes + (nodes - threshold));
                 prop_assert!(nodes <= 16 && thresholds.is_sorted());
             }
         }
@@ -304,12 +303,11 @@ mod tests {
             damaged[at] = byte;
             decode(Isa::detect(), &damaged, &mut [0; 200]).unwrap_err().to_string()
         };
-        assert!(with(11, 1).contains("must be 0"));
-        assert!(with(8, 9).contains("thresholds"));
+        assert!(with(8, 5).contains("thresholds"));
         assert!(with(15, 255).contains("its parts take"));
         assert_eq!(
             decode(Isa::detect(), &section[..20], &mut [0; 200]),
-            Err(SlicedError::Length { got_bytes: 20, expected_bytes: 24 + 4 * 48 })
+            Err(SlicedError::Length { got_bytes: 20, expected_bytes: 28 + 4 * 32 })
         );
     }
 }

@@ -30,11 +30,20 @@ pub(super) unsafe fn blocks(
         let order = vld1q_u8(sliced.order.as_ptr());
         let order_high = vshlq_n_u8::<4>(order);
         let mut base = levels.add(sliced.base_at + first * BLOCK_BASE_BYTES);
+        // Where all codewords go on at the first level, its bits are taken with the base.
+        let first = usize::from(sliced.all_go_on());
         for block in out {
             let mut nodes = [first_nodes(base), first_nodes(base.add(BLOCK_BASE_BYTES / 2))];
-            for (at, threshold) in here.iter_mut().zip(sliced.thresholds) {
+            if first == 1 {
                 for nodes in &mut nodes {
-                    *nodes = next_nodes(*nodes, levels, at, vdupq_n_u8(threshold));
+                    *nodes = with_bits(*nodes, levels.add(here[0] / 8));
+                    here[0] += BLOCK_BYTES;
+                }
+            }
+            for level in first..LEVELS {
+                for nodes in &mut nodes {
+                    *nodes =
+                        next_nodes(*nodes, levels, &mut here[level], vdupq_n_u8(sliced.thresholds[level]));
                 }
             }
             let [low, high] = nodes;
@@ -51,24 +60,37 @@ pub(super) unsafe fn blocks(
     *at = here;
 }
 
-/// The nodes that 64 codewords lead to with the bits that all have.
+/// The nodes that 64 codewords lead to with their first two bits.
 ///
 /// # Safety
-/// `base` has 24 bytes.
+/// `base` has sixteen bytes.
 #[target_feature(enable = "neon")]
 #[inline]
 unsafe fn first_nodes(base: *const u8) -> [uint8x16_t; 4] {
     // SAFETY: as this function demands.
-    let [ones, twos, fours] = unsafe {
+    let [ones, twos] = unsafe {
         let plane = |plane: usize| u64::from_le(base.cast::<u64>().add(plane).read_unaligned());
-        [spread(plane(0)), spread(plane(1)), spread(plane(2))]
+        [spread(plane(0)), spread(plane(1))]
     };
     let mut nodes = [vdupq_n_u8(0); 4];
     for quarter in 0..4 {
         // A byte of ones is -1.
-        let fours = vandq_u8(fours[quarter], vdupq_n_u8(4));
-        let twos = vandq_u8(twos[quarter], vdupq_n_u8(2));
-        nodes[quarter] = vsubq_u8(vorrq_u8(fours, twos), ones[quarter]);
+        nodes[quarter] = vsubq_u8(vandq_u8(twos[quarter], vdupq_n_u8(2)), ones[quarter]);
+    }
+    nodes
+}
+
+/// The nodes that 64 nodes lead to, all of them with the next bit.
+///
+/// # Safety
+/// `level` has eight bytes.
+#[target_feature(enable = "neon")]
+#[inline]
+unsafe fn with_bits(mut nodes: [uint8x16_t; 4], level: *const u8) -> [uint8x16_t; 4] {
+    // SAFETY: as this function demands.
+    let bits = spread(u64::from_le(unsafe { level.cast::<u64>().read_unaligned() }));
+    for quarter in 0..4 {
+        nodes[quarter] = vsubq_u8(vaddq_u8(nodes[quarter], nodes[quarter]), bits[quarter]);
     }
     nodes
 }
