@@ -24,6 +24,7 @@ use store::load::LoadConfig;
 use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
 use crate::fetch::Run;
 use crate::flags::{CodecFlags, STORE_UDP_PORT};
+use crate::out::{print_line, say};
 use crate::verify::Expected;
 
 /// Real KV to fetch when no file is given; `perf/samples/ORIGIN.md` says where it comes from.
@@ -133,7 +134,7 @@ impl<'a> Stage<'a> {
 
     fn say(&self, text: &str) {
         if !self.quiet {
-            eprintln!("{text}; data plane {}, store on CPU {}", self.placement, self.store_cpu);
+            say!("{text}; data plane {}, store on CPU {}", self.placement, self.store_cpu);
         }
     }
 
@@ -204,17 +205,17 @@ fn fetch(
         run.write(out, file.tokens())?;
     }
     if flags.json {
-        println!("{}", report.to_json());
+        print_line!("{}", report.to_json())?;
     } else {
-        report.print();
+        report.print()?;
     }
     let mismatched = report.mismatched_planes.unwrap_or(u64::MAX);
     if last.outcome != Outcome::Done || mismatched > 0 {
-        eprintln!("FAILED: {mismatched} planes differ from what the codec must give. {}", last.message);
+        say!("FAILED: {mismatched} planes differ from what the codec must give. {}", last.message);
         return Ok(ExitCode::FAILURE);
     }
     if !flags.json {
-        println!("verified: all {} planes of {} fetches, bit for bit", report.planes, report.times.len());
+        print_line!("verified: all {} planes of {} fetches, bit for bit", report.planes, report.times.len())?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -13,6 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use store::kv_file::{self, KvFile};
 
 use crate::flags::{self, DEFAULT_SOCKET, NamespaceFlags};
+use crate::out::{print_line, say};
 use crate::report::Report;
 use crate::verify::{Expected, contents, sequence_shape};
 
@@ -70,7 +71,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         );
     }
     if !prefix.is_whole() {
-        eprintln!("only the first {} of {} tokens are stored: fetching those", prefix.tokens, tokens.len());
+        say!("only the first {} of {} tokens are stored: fetching those", prefix.tokens, tokens.len());
     }
     let region = client.register(prefix.sequence_bytes().context("the prefix has no size")?)?;
     let expected = if flags.verify { Some(expected(tokens_from, &codecs, &prefix)?) } else { None };
@@ -80,19 +81,16 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         run.write(out, &tokens)?;
     }
     if flags.json {
-        println!("{}", report.to_json());
+        print_line!("{}", report.to_json())?;
     } else {
-        report.print();
+        report.print()?;
     }
     if last.outcome != Outcome::Done {
-        eprintln!("error: {}", last.message);
+        say!("error: {}", last.message);
         return Ok(ExitCode::FAILURE);
     }
     if report.verified() == Some(false) {
-        eprintln!(
-            "error: {} planes differ from what the codec must give",
-            report.mismatched_planes.unwrap_or(0)
-        );
+        say!("error: {} planes differ from what the codec must give", report.mismatched_planes.unwrap_or(0));
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)

@@ -17,6 +17,7 @@ mod flags;
 mod gpu_flags;
 mod gpudirect;
 mod make_profile;
+mod out;
 mod report;
 mod save;
 mod store;
@@ -64,7 +65,7 @@ fn main() -> ExitCode {
     match run() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", with_causes(&error));
+            out::say!("error: {}", with_causes(&error));
             ExitCode::FAILURE
         }
     }
@@ -103,5 +104,11 @@ fn with_causes(error: &anyhow::Error) -> String {
 fn start_log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("SHADOWSERVE_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    // Whoever reads the log may go away: that must not end what is logged.
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .log_internal_errors(false)
+        .init();
 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use serde_json::{Value, json};
 
+use crate::out::print_line;
+
 /// The outcome of one or more fetches of the same chunks.
 #[derive(Debug, Clone)]
 pub(crate) struct Report {
@@ -62,7 +64,7 @@ impl Report {
     }
 
     /// Prints two tables: the fetch, and where a plane's time goes.
-    pub(crate) fn print(&self) {
+    pub(crate) fn print(&self) -> anyhow::Result<()> {
         let seconds = self.seconds();
         let mut table = new_table(&["", "value", "unit"]);
         let mut row = |name: &str, value: String, unit: &str| {
@@ -76,7 +78,7 @@ impl Report {
         row(&format!("time, median of {}", self.times.len()), format!("{:.2}", seconds * 1e3), "ms");
         row("goodput (encoded)", format!("{:.2}", gbps(self.encoded_bytes, seconds)), "Gbps");
         row("delivered (decoded)", format!("{:.2}", gbps(self.raw_bytes, seconds)), "Gbps");
-        println!("{table}");
+        print_line!("{table}")?;
 
         let mut table = new_table(&["a plane's way", "p50 us", "p99 us", "planes"]);
         for span in ["receive", "decode_wait", "decode", "dma_wait", "dma", "total"] {
@@ -84,21 +86,21 @@ impl Report {
             let us = |name: &str| format!("{:.1}", span_stats[name].as_f64().unwrap_or(f64::NAN));
             table.add_row([span.into(), us("p50_us"), us("p99_us"), span_stats["count"].to_string()]);
         }
-        println!("{table}");
-        self.print_device();
+        print_line!("{table}")?;
+        self.print_device()
     }
 
     /// Who decompressed, where a compression device was asked for.
-    fn print_device(&self) {
+    fn print_device(&self) -> anyhow::Result<()> {
         let device = &self.stats["compress_device"];
         let (Some(name), Some(counters)) = (device["name"].as_str(), device["counters"].as_object()) else {
-            return;
+            return Ok(());
         };
         let mut table = new_table(&[&format!("{name}, since its start"), "count"]);
         for (counter, count) in counters {
             table.add_row([counter.replace('_', " "), count.to_string()]);
         }
-        println!("{table}");
+        print_line!("{table}")
     }
 }
 

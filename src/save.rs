@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use store::kv_file::{KvFile, SequenceShape};
 
 use crate::flags::{self, DEFAULT_SOCKET, NamespaceFlags};
+use crate::out::{print_line, say};
 use crate::verify::plane_offset;
 
 #[derive(Debug, Args)]
@@ -80,27 +81,27 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     };
     let chunk = |missed: &client::NotSaved| known + missed.chunk as usize;
     if flags.json {
-        println!("{}", to_json(&report, chunks, known, shape.tensor_bytes()));
+        print_line!("{}", to_json(&report, chunks, known, shape.tensor_bytes()))?;
     } else {
         let ms = report.elapsed.as_millis();
-        println!(
+        print_line!(
             "{} of {chunks} chunks put, {} bytes encoded, in {ms} ms; {} were stored before",
             report.stored,
             report.encoded_bytes,
             known + report.already_stored as usize
-        );
+        )?;
     }
     for fewer in &report.fewer_copies {
         let FewerCopies { chunk, copies, replicas, reason } = fewer;
         let chunk = known + *chunk as usize;
-        eprintln!("warning: chunk {chunk} is on {copies} of {replicas} stores: {reason}");
+        say!("warning: chunk {chunk} is on {copies} of {replicas} stores: {reason}");
     }
     if report.outcome == Outcome::Done {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("error: {}", report.message);
+    say!("error: {}", report.message);
     for missed in &report.not_saved {
-        eprintln!("error: chunk {} was not saved: {}", chunk(missed), missed.reason);
+        say!("error: chunk {} was not saved: {}", chunk(missed), missed.reason);
     }
     Ok(ExitCode::FAILURE)
 }

@@ -156,3 +156,43 @@ fn the_demo_in_one_process_needs_nothing() {
     let report: serde_json::Value = serde_json::from_str(&text).expect("one JSON object and nothing else");
     assert_eq!((report["verified"].as_bool(), report["mismatched_planes"].as_u64()), (Some(true), Some(0)));
 }
+
+/// Starts the program with both outputs going into a pipe that nobody reads any more after `bytes`; returns how it ended.
+fn run_unread(arguments: &[&str], bytes: usize) -> std::process::ExitStatus {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shadowserve"));
+    command.args(arguments).stdin(std::process::Stdio::null());
+    command.stdout(writer.try_clone().unwrap()).stderr(writer);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let mut read = vec![0; bytes];
+    std::io::Read::read_exact(&mut reader, &mut read).unwrap();
+    drop(reader);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if std::time::Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("{arguments:?} does not end when nobody reads it");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn the_demo_ends_when_nobody_reads_it() {
+    let status = run_unread(&["demo", "--in-process", "--repeat", "2"], 10);
+    assert_eq!(status.code(), Some(1), "its report could not be printed, and nothing panicked: {status}");
+}
+
+#[test]
+fn sending_is_measured_over_memif_in_one_process() {
+    let output = run(&["bench", "tx", "--no-huge", "--bursts", "20", "--memory-mib", "4"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_str(&text).expect("one JSON object");
+    assert_eq!(report["driver"], "net_memif");
+    assert!(report["attached_to_copied"].as_f64().is_some_and(|ratio| ratio > 0.0), "{report}");
+}

@@ -10,7 +10,7 @@ use std::time::Duration;
 use compress::Codec;
 use serde_json::Value;
 
-use cluster::{Cluster, Net, sample, sample_tokens, stats, wait_until};
+use cluster::{Cluster, Net, PATIENCE, sample, sample_tokens, stats, wait_until};
 
 /// Starts everything, fetches the sample several times, compares every plane; returns the data plane's counters.
 fn fetch_all(cluster: &mut Cluster, repeat: &str, flags: &[&str]) -> Value {
@@ -184,11 +184,30 @@ fn kernel_namespaces() {
         Err(why) => println!("skipped: loss by the kernel: {why}"),
     }
 
+    let known = std::fs::read_to_string("/proc/net/protocols").unwrap_or_default();
+    if known.lines().any(|line| line.starts_with("XDP ")) {
+        let mut cluster = Cluster::on(namespaces.net("af_xdp"), Codec::Int4, &[]);
+        fetch_all(&mut cluster, "2", &[]);
+    } else {
+        println!("skipped: XDP sockets: this kernel has none");
+    }
+
     ip(&format!("-n {} addr add 10.99.0.1/24 dev {}", store.0, store.1)).unwrap();
-    let cluster = Cluster::on(namespaces.net("af_packet"), Codec::Int4, &[]);
+    ip(&format!("-n {} addr add fd00::1/64 dev {} nodad", store.0, store.1)).unwrap();
+    let v4 = namespaces.net("af_packet");
+    let v6 = Net { plane_ip: "fd00::2/64", store_ip: "fd00::1/64", store: "[fd00::1]:4791", ..v4 };
+    for net in [v4, v6] {
+        nobody_listens(net);
+    }
+}
+
+/// The kernel has the store's address, and no store: it says so, and lookups end with that long before their time is over.
+fn nobody_listens(net: Net) {
+    let cluster = Cluster::on(net, Codec::Int4, &[]);
     let client = cluster.client();
     wait_until("the kernel says that nobody listens", || {
-        let _ = client.lookup(&sample_tokens(), Duration::from_millis(200));
-        count(&stats(&client)["counters"], "rx_icmp") > 0
+        let error = client.lookup(&sample_tokens(), PATIENCE).expect_err("there is no store");
+        error.to_string().contains("ICMP")
     });
+    assert!(count(&stats(&client)["counters"], "rx_icmp") > 0);
 }

@@ -13,7 +13,7 @@ use dpdk::{
 };
 use gpu_dma::{DriverError, ReceiveMemory, Sinks, Sources};
 use hugepages::{Arena, ArenaConfig, ArenaError, PageSize, Slot, Slots, SlotsError};
-use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, lcore};
+use iface::{Clock, LcoreControl, LcoreCounters, LinkCounters, NextHop, Opened, Stage, StopOnDrop, lcore};
 use protocol::frame::max_segment_bytes;
 use protocol::paths::Paths;
 use protocol::put::{OfferConfig, OfferEngine};
@@ -134,7 +134,7 @@ pub(crate) struct Pipeline {
     /// What each decode lcore counts of what it encodes; none if nothing is saved.
     pub(crate) encoders: Vec<Arc<EncodeCounters>>,
     pub(crate) direct: DirectState,
-    stop: Arc<AtomicBool>,
+    stop: StopOnDrop,
 }
 
 impl Budget {
@@ -322,8 +322,8 @@ impl Pipeline {
             ends.push(queue_ends);
         }
         let scratch_bytes = Decoder::new(config.slot_bytes).scratch_bytes();
-        let stop = Arc::new(AtomicBool::new(false));
-        let lcore_control = LcoreControl { stop: Arc::clone(&stop), clock, idle_sleep: config.idle_sleep };
+        let stop = StopOnDrop(Arc::new(AtomicBool::new(false)));
+        let lcore_control = LcoreControl { stop: Arc::clone(&stop.0), clock, idle_sleep: config.idle_sleep };
         let (compress_dev, devices, offloads) = builder.devices()?;
         let encoders = builder.encoders(staging)?;
         let encode_counters = encoders.iter().map(|stage| Arc::clone(&stage.counters)).collect();
@@ -358,7 +358,7 @@ impl Pipeline {
 
     /// Stops every lcore and waits for it; drops what the stages own. Returns whether all ended in order.
     pub(crate) fn stop(&self, eal: &Eal) -> bool {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop.0.store(true, Ordering::Relaxed);
         (0..self.lcores.len()).map(|worker| eal.wait(worker).is_ok()).fold(true, |all, ended| all & ended)
     }
 }

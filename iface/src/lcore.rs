@@ -35,6 +35,16 @@ pub struct LcoreControl {
     pub idle_sleep: Duration,
 }
 
+/// Tells the lcores of a process to end when it is dropped: whoever waits for them while a panic or an error unwinds would wait for ever.
+#[derive(Debug)]
+pub struct StopOnDrop(pub Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 /// Idle loops in a row before the lcore naps, when it may.
 const IDLE_LOOPS_BEFORE_NAP: u32 = 2_000;
 

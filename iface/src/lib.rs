@@ -17,5 +17,5 @@ pub use clock::Clock;
 pub use config::{IfaceConfig, IpPrefix};
 pub use counter::Counter;
 pub use direct::{Direct, DirectDatagram, DirectError};
-pub use lcore::{LcoreControl, LcoreCounters, Stage};
+pub use lcore::{LcoreControl, LcoreCounters, Stage, StopOnDrop};
 pub use link::{Datagram, Link, LinkCounters, NextHop, OpenError, Opened, Outgoing, open, open_direct};

@@ -21,7 +21,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dpdk::{Attacher, Eal, ExternalError, ExternalMemory, LaunchError, PoolError, Port};
-use iface::{Clock, IfaceConfig, LcoreControl, LcoreCounters, LinkCounters, OpenError, Stage, lcore};
+use iface::{
+    Clock, IfaceConfig, LcoreControl, LcoreCounters, LinkCounters, OpenError, Stage, StopOnDrop, lcore,
+};
 use protocol::frame::max_segment_bytes;
 use protocol::put::AcceptConfig;
 use protocol::serve::{ServeConfig, ServeEngine};
@@ -114,6 +116,7 @@ struct QueueView {
 pub fn run(eal: &Eal, config: &Config, keeper: &mut Keeper, stop: &AtomicBool) -> Result<Value, RunError> {
     let opened = iface::open(eal, &config.iface, &[], &[])?;
     let lcores_stop = Arc::new(AtomicBool::new(false));
+    let _stop_on_drop = StopOnDrop(Arc::clone(&lcores_stop));
     let control =
         LcoreControl { stop: Arc::clone(&lcores_stop), clock: Clock::start(), idle_sleep: config.idle_sleep };
     let (epoch, segment_bytes) = (epoch(), max_segment_bytes(config.iface.mtu, &config.iface.address.ip));
