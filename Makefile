@@ -7,9 +7,10 @@ PACKAGES := build-essential pkg-config libclang-dev libdpdk-dev dpdk-dev iproute
 VENV := target/python
 # Memory that `make demo` reserves as hugepages when it may, in MiB.
 HUGEMEM_MIB ?= 1024
-# How long `make fuzz` runs each target, and which; the sanitizer needs what stable Rust only has with RUSTC_BOOTSTRAP.
+# How long `make fuzz` runs each target, and which: all that fuzz/Cargo.toml names. The sanitizer needs what stable Rust only has with RUSTC_BOOTSTRAP.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= chunk plane_none plane_zstd plane_deflate plane_sliced control wire serve
+FUZZ_TARGETS ?= $(shell sed -n '/^\[\[bin\]\]/,/^path/s/^name = "\(.*\)"/\1/p' fuzz/Cargo.toml)
+CARGO_FUZZ := RUSTC_BOOTSTRAP=1 $(CARGO) fuzz
 # What `make demo` fetches and how: empty means the sample inside the binary.
 INPUT ?=
 CODEC ?= int4
@@ -19,7 +20,7 @@ PLOT_VENV := target/plot-venv
 SOAK_SEEDS ?= 200000
 DEMO_FLAGS := --codec $(CODEC) $(if $(INPUT),--input $(INPUT))
 
-.PHONY: help setup hugepages build demo test python test-python lint bench transport soak fuzz quality clean
+.PHONY: help setup hugepages build demo test python test-python lint bench transport soak fuzz fuzz-bundle quality clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,11 +79,19 @@ soak: build ## 200,000 seeds of the simulator and a hundred thousand fetches: no
 	$(CARGO) run --release -p sim -- soak --seeds $(SOAK_SEEDS)
 	SHADOWSERVE_FETCHES=100000 $(CARGO) test --release --test fetch nothing_leaks
 
-fuzz: setup ## FUZZ_SECONDS of each fuzz target, from the corpora that `make test` replays
-	@command -v cargo-fuzz >/dev/null || $(CARGO) install cargo-fuzz --locked
-	@cd fuzz && for target in $(FUZZ_TARGETS); do \
-		RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=60 -print_final_stats=1 || exit 1; \
-	done
+$(HOME)/.cargo/bin/cargo-fuzz:
+	$(CARGO) install cargo-fuzz --locked
+
+fuzz: fuzz-bundle ## FUZZ_SECONDS of each fuzz target, from the corpora that `make test` replays, as many at once as there are CPUs
+	target/fuzz/run.sh $(FUZZ_SECONDS) target/fuzz/out $(FUZZ_TARGETS)
+
+fuzz-bundle: setup $(HOME)/.cargo/bin/cargo-fuzz ## target/fuzz: the fuzz targets as programs, their corpora and run.sh, to be copied to a machine with more CPUs
+	mkdir -p target/fuzz/bin
+	cd fuzz && $(CARGO_FUZZ) build
+	for target in $(FUZZ_TARGETS); do strip -o target/fuzz/bin/$$target fuzz/target/*/release/$$target || exit 1; done
+	rm -rf target/fuzz/corpus
+	cp -r fuzz/corpus fuzz/dictionaries target/fuzz/
+	cp fuzz/run.sh target/fuzz/
 
 quality: build ## what the codecs do to a real model's answers, beside their ratios: a table, JSON and a plot (half an hour)
 	test -d target/quality/venv || python3 -m venv target/quality/venv

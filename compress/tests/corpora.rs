@@ -4,7 +4,7 @@ mod fuzzed;
 #[path = "../../fuzz/replay.rs"]
 mod replay;
 
-use compress::Compression;
+use compress::Codec;
 
 use replay::replay;
 
@@ -13,22 +13,20 @@ fn chunk() {
     replay("chunk", fuzzed::chunk);
 }
 
+/// Each codec has a target of its name.
 #[test]
-fn plane_none() {
-    replay("plane_none", |data| fuzzed::plane(Compression::None, data));
+fn planes() {
+    for codec in Codec::ALL {
+        replay(codec.name(), |data| fuzzed::plane(codec, data));
+    }
 }
 
 #[test]
-fn plane_zstd() {
-    replay("plane_zstd", |data| fuzzed::plane(Compression::Zstd, data));
+fn mixed() {
+    replay("mixed", fuzzed::mixed);
 }
 
 #[test]
-fn plane_deflate() {
-    replay("plane_deflate", |data| fuzzed::plane(Compression::Deflate, data));
-}
-
-#[test]
-fn plane_sliced() {
-    replay("plane_sliced", |data| fuzzed::plane(Compression::Sliced, data));
+fn profile() {
+    replay("profile", fuzzed::profile);
 }

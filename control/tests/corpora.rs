@@ -1,4 +1,4 @@
-//! Replays the corpus of the fuzz target.
+//! Replays the corpora of the fuzz targets.
 
 mod fuzzed;
 #[path = "../../fuzz/replay.rs"]
@@ -9,4 +9,9 @@ use replay::replay;
 #[test]
 fn control() {
     replay("control", fuzzed::message);
+}
+
+#[test]
+fn shared() {
+    replay("shared", fuzzed::shared);
 }

@@ -1,7 +1,8 @@
-//! Commands and completions between client and data plane.
+//! Messages between client and data plane.
 #![no_main]
 
 #[path = "../../control/tests/fuzzed/mod.rs"]
+#[allow(dead_code, unused_imports)]
 mod fuzzed;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzzed::message(data));

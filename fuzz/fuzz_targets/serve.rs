@@ -1,8 +1,8 @@
 //! The store's engine.
 #![no_main]
-#![allow(dead_code)]
 
 #[path = "../../protocol/tests/fuzzed/mod.rs"]
+#[allow(dead_code, unused_imports)]
 mod fuzzed;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzzed::serve(data));

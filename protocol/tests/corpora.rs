@@ -15,3 +15,13 @@ fn wire() {
 fn serve() {
     replay("serve", fuzzed::serve);
 }
+
+#[test]
+fn fetch() {
+    replay("fetch", fuzzed::fetch);
+}
+
+#[test]
+fn put() {
+    replay("put", fuzzed::put);
+}

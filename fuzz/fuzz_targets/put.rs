@@ -1,0 +1,8 @@
+//! Both engines of a PUT.
+#![no_main]
+
+#[path = "../../protocol/tests/fuzzed/mod.rs"]
+#[allow(dead_code, unused_imports)]
+mod fuzzed;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzzed::put(data));
