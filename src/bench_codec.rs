@@ -9,6 +9,9 @@
 //! - `fused`: decompression and dequantization into slots; without compression, dequantization alone.
 //! - `whole`: what the data plane does: linearize packets, CRC32C, decompression, dequantization.
 //! - `encode`: quantization, packing and compression, as a store does it.
+//!
+//! With `--compress-dev` the same for planes that a compression device decompresses (`bench_codec_device.rs`): `fused` and `whole` are then the device and the
+//! core's part, one after the other.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -25,8 +28,7 @@ use compress::{
 use serde_json::{Value, json};
 use store::kv_file::KvFile;
 
-/// Payload bytes of one packet on an ordinary link.
-const SEGMENT_BYTES: usize = 1376;
+use crate::bench_codec_device::{self, Device, DeviceQueue, PlaneBytes, SEGMENT_BYTES};
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
@@ -52,6 +54,12 @@ pub(crate) struct Flags {
     /// Rounds, of which the median counts
     #[arg(long, value_name = "COUNT", default_value_t = 15)]
     rounds: usize,
+    /// Compression device to measure too, for planes compressed with Deflate: compress_isal, compress_zlib or a BlueField's PCI address; may be repeated
+    #[arg(long, value_name = "DEVICE")]
+    compress_dev: Vec<String>,
+    /// With --compress-dev: run DPDK on ordinary pages
+    #[arg(long, requires = "compress_dev")]
+    no_huge: bool,
     /// Most chunks of the file to measure with
     #[arg(long, value_name = "COUNT", default_value_t = 1)]
     chunks: usize,
@@ -172,18 +180,20 @@ impl Case<'_> {
         })
     }
 
-    /// Runs on as many pinned threads as there are CPUs, which begin every part together.
-    fn measure(&self, cpus: &[usize]) -> anyhow::Result<Vec<Medians>> {
+    /// Runs on as many pinned threads as there are CPUs, which begin every part together; with a device, each has one of `queues`.
+    fn measure(&self, cpus: &[usize], queues: &mut [DeviceQueue]) -> anyhow::Result<Vec<Medians>> {
         let barrier = Barrier::new(cpus.len());
+        let queues = queues.iter_mut().map(Some).chain(std::iter::repeat_with(|| None));
         std::thread::scope(|scope| {
             let threads: Vec<_> = cpus
                 .iter()
-                .map(|&cpu| {
+                .zip(queues)
+                .map(|(&cpu, queue)| {
                     let barrier = &barrier;
                     scope.spawn(move || {
                         let pinned = pin(cpu);
                         // Also if this one is not where it should be: the others wait.
-                        let medians = self.measure_here(barrier);
+                        let medians = self.measure_here(barrier, queue);
                         pinned.map(|()| medians)
                     })
                 })
@@ -192,8 +202,8 @@ impl Case<'_> {
         })
     }
 
-    fn measure_here(&self, barrier: &Barrier) -> Medians {
-        let mut work = Work::new(self);
+    fn measure_here(&self, barrier: &Barrier, device: Option<&mut DeviceQueue>) -> Medians {
+        let mut work = Work::new(self, device);
         let planes = self.planes().count();
         // By part, then by plane, or by layer for encoding.
         let mut times = [(); Part::ALL.len()].map(|()| vec![Vec::with_capacity(self.rounds); planes]);
@@ -219,7 +229,8 @@ fn median(times: &mut [Duration]) -> Duration {
 }
 
 /// What one thread needs.
-struct Work {
+struct Work<'d> {
+    device: Option<&'d mut DeviceQueue>,
     /// With ordinary and with streaming stores.
     decoders: [Decoder; 2],
     sections: SectionReader,
@@ -231,11 +242,12 @@ struct Work {
     next_slot: usize,
 }
 
-impl Work {
-    fn new(case: &Case<'_>) -> Self {
+impl<'d> Work<'d> {
+    fn new(case: &Case<'_>, device: Option<&'d mut DeviceQueue>) -> Self {
         let plane_bytes = case.input.plane_bytes();
         let slot_bytes = plane_bytes.next_multiple_of(64);
         Self {
+            device,
             decoders: [false, true]
                 .map(|streaming| Decoder::new(plane_bytes).with_streaming_stores(streaming)),
             sections: SectionReader::new(),
@@ -267,9 +279,43 @@ impl Work {
         }
         for (plane, (shape, entry, encoded)) in case.planes().enumerate() {
             let start = Instant::now();
-            self.run_plane(case, part, shape, entry, encoded);
+            if !self.run_on_device(case, part, plane, (shape, entry, encoded)) {
+                self.run_plane(case, part, shape, entry, encoded);
+            }
             took(plane, start.elapsed());
         }
+    }
+
+    /// False where there is no device, or none that takes the plane, or nothing for it to do.
+    fn run_on_device(
+        &mut self,
+        case: &Case<'_>,
+        part: Part,
+        plane: usize,
+        (shape, entry, encoded): (&Shape, &PlaneEntry, &[u8]),
+    ) -> bool {
+        let Some(device) = &mut self.device else { return false };
+        if matches!(part, Part::ZerosCached | Part::ZerosStreaming | Part::Encode) {
+            return false;
+        }
+        let segments = || encoded.chunks(SEGMENT_BYTES);
+        if part == Part::Whole {
+            Decoder::check_segments(segments(), entry).expect("what the encoder wrote");
+        }
+        let decoder = &mut self.decoders[usize::from(part == Part::FusedStreaming)];
+        let out_bytes = shape.elements_per_plane() * case.out_dtype.bytes();
+        let aligned = self.memory.as_ptr().align_offset(64);
+        let out = &mut self.memory[aligned + self.next_slot * self.slot_bytes..][..out_bytes];
+        let taken = device.decompress(plane, |section| {
+            if part == Part::Bare {
+                std::hint::black_box(section);
+                return;
+            }
+            let decoded = decoder.decode_decompressed(shape, entry, segments(), section, case.out_dtype, out);
+            decoded.expect("what the encoder wrote");
+        });
+        self.next_slot = (self.next_slot + usize::from(taken)) % case.slots;
+        taken
     }
 
     fn run_plane(&mut self, case: &Case<'_>, part: Part, shape: &Shape, entry: &PlaneEntry, encoded: &[u8]) {
@@ -331,10 +377,35 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     };
     let ghz = core_ghz(cpus[0])?;
     let mut results = Vec::new();
-    for case in cases(flags, &input)? {
+    let cases = cases(flags, &input)?;
+    for case in &cases {
         for count in thread_counts(cpus.len()) {
-            let medians = case.measure(&cpus[..count])?;
-            results.push(report(&case, &medians, ghz));
+            let medians = case.measure(&cpus[..count], &mut [])?;
+            results.push(report(case, &medians, ghz, "cpu", 0));
+        }
+    }
+    let eal =
+        if flags.compress_dev.is_empty() { None } else { Some(bench_codec_device::start(!flags.no_huge)?) };
+    for name in &flags.compress_dev {
+        let eal = eal.as_ref().context("DPDK is started where there is a device")?;
+        let mut device = Device::open(eal, name, cpus.len(), input.plane_bytes())?;
+        for case in cases.iter().filter(|case| case.plane_codec.compression == Compression::Deflate) {
+            let planes: Vec<PlaneBytes<'_>> =
+                case.planes().map(|(shape, entry, encoded)| PlaneBytes { shape, entry, encoded }).collect();
+            // A codec whose planes the device does not take was measured above.
+            let planes_by_device = device.load(&planes)?;
+            for count in thread_counts(cpus.len()).into_iter().filter(|_| planes_by_device > 0) {
+                let medians = case.measure(&cpus[..count], &mut device.queues)?;
+                results.push(report(case, &medians, ghz, name, planes_by_device));
+            }
+            if planes_by_device < planes.len() && !flags.json {
+                let left = planes.len() - planes_by_device;
+                println!(
+                    "{name}: {left} of {} planes of {} are too large for it or have no section",
+                    planes.len(),
+                    case.plane_codec.codec
+                );
+            }
         }
     }
     let shape = input.shapes[0];
@@ -411,7 +482,7 @@ fn thread_counts(cpus: usize) -> Vec<usize> {
 
 /// One row of the results. Rates are sums over threads; times are those of a plane on the first.
 #[expect(clippy::cast_precision_loss, reason = "sizes need no more than 53 bits")]
-fn report(case: &Case<'_>, medians: &[Medians], ghz: f64) -> Value {
+fn report(case: &Case<'_>, medians: &[Medians], ghz: f64, backend: &str, planes_by_device: usize) -> Value {
     let planes: usize = case.input.shapes.iter().map(Shape::planes).sum();
     let seconds = |part: Part| medians[0][part as usize].as_secs_f64();
     let rate = |part: Part, bytes: usize| {
@@ -421,7 +492,8 @@ fn report(case: &Case<'_>, medians: &[Medians], ghz: f64) -> Value {
     let source_bytes: usize = case.input.planes.iter().flatten().map(Vec::len).sum();
     let us = |part: Part| seconds(part) * 1e6 / planes as f64;
     json!({
-        "backend": "cpu",
+        "backend": backend,
+        "planes_by_device": planes_by_device,
         "codec": case.plane_codec.codec.name(),
         "compression": case.chunks[0].1[0].compression.name(),
         "out_dtype": case.out_dtype.name(),
@@ -489,12 +561,15 @@ fn print(report: &Value) {
         ("zeros_to_fused_streaming", "streamed", 2),
         ("encode_gb_s", "encode GB/s", 2),
     ];
-    let header: Vec<&str> =
-        ["codec", "compression", "threads"].into_iter().chain(columns.map(|(_, title, _)| title)).collect();
+    let header: Vec<&str> = ["codec", "compression", "back end", "threads"]
+        .into_iter()
+        .chain(columns.map(|(_, title, _)| title))
+        .collect();
     let mut table: Table = crate::report::new_table(&header);
     for result in report["results"].as_array().into_iter().flatten() {
         let text = |name: &str| result[name].as_str().unwrap_or("").to_owned();
-        let mut row = vec![text("codec"), text("compression"), result["threads"].to_string()];
+        let mut row =
+            vec![text("codec"), text("compression"), text("backend"), result["threads"].to_string()];
         row.extend(
             columns
                 .map(|(name, _, digits)| format!("{:.digits$}", result[name].as_f64().unwrap_or(f64::NAN))),

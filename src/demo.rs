@@ -97,10 +97,12 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         }
     };
     let outcome = fetch(flags, &stage, system.as_ref(), &file, &expected);
-    let stopped = system.stop();
-    let code = outcome?;
-    stopped?;
-    Ok(code)
+    match (outcome, system.stop()) {
+        (outcome, Ok(())) => outcome,
+        (Ok(_), Err(error)) => Err(error),
+        // Why store or data plane ended says more than that they did.
+        (Err(error), Err(cause)) => Err(cause.context(error)),
+    }
 }
 
 /// Where the demo plays.
@@ -447,7 +449,7 @@ impl OneProcess {
 impl System for OneProcess {
     fn fault(&self) -> Option<String> {
         let ended = self.store.is_finished() || self.dataplane.is_finished();
-        ended.then(|| "store or data plane ended (see above)".to_owned())
+        ended.then(|| "store or data plane ended".to_owned())
     }
 
     fn stop(self: Box<Self>) -> anyhow::Result<()> {

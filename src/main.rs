@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_codec;
+mod bench_codec_device;
 mod bench_gpu;
 mod bench_pages;
 mod bench_tx;

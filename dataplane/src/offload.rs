@@ -2,7 +2,7 @@
 
 use arrayvec::ArrayVec;
 use compress::{Compression, Offload, Section, Untaken};
-use dpdk::{BURST, CompressConfig, CompressDev, CompressOp, CompressQueue};
+use dpdk::{BURST, CompressConfig, CompressDev, CompressError, CompressOp, CompressQueue};
 
 use crate::job::PlaneJob;
 
@@ -22,6 +22,18 @@ pub(crate) struct DeviceOffload {
     max_source_bytes: Option<usize>,
     /// Times that the device took less than it was offered.
     pub(crate) refused: u64,
+    /// Planes that it gave back, and how many of these make one that counts as failed, though it is not; 0 for none.
+    finished: u64,
+    fail_every: u64,
+}
+
+/// Takes `,fail_every=N` from the end of a device's name: tests have it fail at every Nth plane, since the software drivers fail only at what no core can decode
+/// either.
+pub(crate) fn fault_of(device: &str) -> Result<(&str, u64), CompressError> {
+    let Some((name, every)) = device.split_once(",fail_every=") else { return Ok((device, 0)) };
+    let every = every.parse().ok().filter(|&every| every > 0);
+    let what = || "fail_every is how many planes make one that fails, at least 1, behind all else".to_owned();
+    Ok((name, every.ok_or_else(|| CompressError::BadConfig { name: device.to_owned(), what: what() })?))
 }
 
 /// How a device is set up for `lcores` decode lcores and planes of `plane_bytes` decoded bytes.
@@ -31,7 +43,7 @@ pub(crate) fn device_config(lcores: u16, plane_bytes: usize) -> CompressConfig {
 }
 
 impl DeviceOffload {
-    pub(crate) fn new(dev: &CompressDev, queue: CompressQueue<Box<PlaneJob>>) -> Self {
+    pub(crate) fn new(dev: &CompressDev, queue: CompressQueue<Box<PlaneJob>>, fail_every: u64) -> Self {
         Self {
             queue,
             loaded: ArrayVec::new(),
@@ -39,6 +51,8 @@ impl DeviceOffload {
             max_output_bytes: dev.max_output_bytes(),
             max_source_bytes: dev.max_source_bytes(),
             refused: 0,
+            finished: 0,
+            fail_every,
         }
     }
 }
@@ -94,7 +108,9 @@ impl Offload<Box<PlaneJob>> for DeviceOffload {
         let Some(mut op) = self.done.pop() else { return false };
         if let Some((tail, mut plane)) = op.unload() {
             plane.tail = Some(tail);
-            done(plane, op.output().ok());
+            self.finished += 1;
+            let made_to_fail = self.fail_every > 0 && self.finished.is_multiple_of(self.fail_every);
+            done(plane, op.output().ok().filter(|_| !made_to_fail));
         }
         self.queue.give_back(op);
         true

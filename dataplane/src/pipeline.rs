@@ -29,7 +29,7 @@ use crate::fetches::{FetchLimits, Fetches, QueueEnds};
 use crate::gpu::Gpus;
 use crate::job::PlaneJob;
 use crate::latency::Latencies;
-use crate::offload::{DeviceOffload, device_config};
+use crate::offload::{DeviceOffload, device_config, fault_of};
 use crate::placement::StageKind;
 use crate::rx::{Parts, PlaneCounters, Planes, RxRings, RxStage, StoreAddress};
 use crate::save::encode::{EncodeCounters, EncodeRings, EncodeStage, STAGING_SLOTS};
@@ -579,14 +579,15 @@ impl StageBuilder<'_> {
     fn devices(
         &self,
     ) -> Result<(Option<CompressDev>, Vec<DecodeDevice>, Vec<Arc<OffloadCounters>>), BuildError> {
-        let Some(name) = &self.config.compress_dev else { return Ok((None, Vec::new(), Vec::new())) };
+        let Some(device) = &self.config.compress_dev else { return Ok((None, Vec::new(), Vec::new())) };
+        let (name, fail_every) = fault_of(device)?;
         let lcores = u16::try_from(self.config.placement.count(StageKind::Decode)).unwrap_or(u16::MAX);
         let config = device_config(lcores, self.config.slot_bytes);
         let (dev, queues): (_, Vec<CompressQueue<Box<PlaneJob>>>) =
             CompressDev::open(self.eal, name, &config)?;
         let burst = if dev.capabilities().hardware { 8 } else { 1 };
         let device = |queue| {
-            let offload = DeviceOffload::new(&dev, queue);
+            let offload = DeviceOffload::new(&dev, queue, fail_every);
             DecodeDevice { offload, burst, counters: Arc::default() }
         };
         let devices: Vec<DecodeDevice> = queues.into_iter().map(device).collect();
