@@ -61,6 +61,7 @@ class SaveReport:
     already_stored: int
     encoded_bytes: int
     not_saved: list[tuple[int, str]]
+    fewer_copies: list[tuple[int, int, int, str]]
     message: str
     seconds: float
     def __bool__(self) -> bool: ...

@@ -90,6 +90,14 @@ impl SaveReport {
         self.0.not_saved.iter().map(|missed| (missed.chunk, missed.reason.to_string())).collect()
     }
 
+    /// Chunks that fewer stores have than are to keep them: index into the chunks that were to be saved, how many have it, how many
+    /// should, and why another has not.
+    #[getter]
+    fn fewer_copies(&self) -> Vec<(u32, u8, u8, String)> {
+        let fewer = self.0.fewer_copies.iter();
+        fewer.map(|at| (at.chunk, at.copies, at.replicas, at.reason.to_string())).collect()
+    }
+
     /// What happened, for a person; empty when done.
     #[getter]
     fn message(&self) -> &str {
