@@ -150,9 +150,9 @@ impl<'a> Saver<'a> {
 fn a_full_store_evicts_and_one_full_of_pinned_chunks_says_so() {
     let mut cluster = Cluster::new(Codec::Int4, &[]);
     let path = cluster.path("kv.safetensors");
-    // One chunk of about 200 KiB encoded: a few of them fill a MiB.
+    // One chunk of about 650 KiB encoded: three of them fill two MiB.
     write_kv(&path, 64, 256);
-    cluster.start_any_store("0", &["--memory-mib", "1", "--json"]);
+    cluster.start_any_store("0", &["--memory-mib", "2", "--json"]);
     let client = cluster.client();
     let saver = Saver::new(&client, &path);
     cluster.wait_for_store(&client, &saver.tokens(0));
@@ -172,7 +172,7 @@ fn a_full_store_evicts_and_one_full_of_pinned_chunks_says_so() {
     // The same memory, filled by what is pinned.
     let pinned = cluster.path("pinned.safetensors");
     write_kv(&pinned, 64, 3 * 256);
-    cluster.start_any_store("0", &["--memory-mib", "1", "--load", &pinned.to_string_lossy(), "--pin-loaded"]);
+    cluster.start_any_store("0", &["--memory-mib", "2", "--load", &pinned.to_string_lossy(), "--pin-loaded"]);
     cluster.wait_for_store(&client, &saver.tokens(0));
     // Three chunks of int4 leave less than one of int8 takes.
     let saver = Saver { codec: ClientCodec::Int8, ..saver };
