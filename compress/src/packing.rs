@@ -73,12 +73,36 @@ impl Packing {
     /// Appends the plain part of `codes` to `plain` and the part to be compressed to `section`. `head_dim` is a
     /// multiple of [`dims_multiple`](Self::dims_multiple), and there are whole head rows of codes.
     pub(crate) fn pack(self, codes: &[u8], head_dim: usize, plain: &mut Vec<u8>, section: &mut Vec<u8>) {
-        codes.chunks_exact(head_dim).for_each(|row| self.pack_row(row, plain, section));
+        let (plain_at, section_at) = (plain.len(), section.len());
+        plain.resize(plain_at + self.plain_bytes(codes.len()), 0);
+        section.resize(section_at + self.section_bytes(codes.len()), 0);
+        let (mut plain, mut section) = (&mut plain[plain_at..], &mut section[section_at..]);
+        for row in codes.chunks_exact(head_dim) {
+            let (plain_row, section_row) = self.rows(head_dim, &mut plain, &mut section);
+            self.pack_row(row, plain_row, section_row);
+        }
     }
 
-    /// [`Packing::pack`] of one head row.
+    /// Takes what one head row fills from the front of both parts.
     #[inline(always)]
-    pub(crate) fn pack_row(self, row: &[u8], plain: &mut Vec<u8>, section: &mut Vec<u8>) {
+    pub(crate) fn rows<'p>(
+        self,
+        head_dim: usize,
+        plain: &mut &'p mut [u8],
+        section: &mut &'p mut [u8],
+    ) -> (&'p mut [u8], &'p mut [u8]) {
+        let parts = (
+            plain.split_off_mut(..self.plain_bytes(head_dim)),
+            section.split_off_mut(..self.section_bytes(head_dim)),
+        );
+        let (Some(plain), Some(section)) = parts else { unreachable!("parts have room for every row") };
+        (plain, section)
+    }
+
+    /// [`Packing::pack`] of one head row. Plain loops, without the adapters of iterators, whose code would not be
+    /// compiled for the caller's instruction set.
+    #[inline(always)]
+    pub(crate) fn pack_row(self, row: &[u8], plain: &mut [u8], section: &mut [u8]) {
         match self {
             Self::Nibbles => nibbles(row, 0, section),
             Self::NibblesAndNibbles => {
@@ -99,33 +123,38 @@ impl Packing {
 
 /// Four bits of each code from bit `shift` up: byte `j` has dimension `j` in its low and `j + dim / 2` in its high bits.
 #[inline(always)]
-fn nibbles(row: &[u8], shift: u32, out: &mut Vec<u8>) {
+fn nibbles(row: &[u8], shift: u32, out: &mut [u8]) {
     let (low, high) = row.split_at(row.len() / 2);
-    out.extend(low.iter().zip(high).map(|(low, high)| ((low >> shift) & 0x0f) | ((high >> shift) << 4)));
+    for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+        *out = ((low >> shift) & 0x0f) | ((high >> shift) << 4);
+    }
 }
 
 /// Two bits of each code from bit `shift` up: byte `j` has dimensions `j`, `j + dim / 4`, `j + dim / 2` and
 /// `j + dim / 4 * 3`, from the lowest bits to the highest.
 #[inline(always)]
-fn crumbs(row: &[u8], shift: u32, out: &mut Vec<u8>) {
+fn crumbs(row: &[u8], shift: u32, out: &mut [u8]) {
     let (low, high) = row.split_at(row.len() / 2);
     let ((first, second), (third, fourth)) = (low.split_at(low.len() / 2), high.split_at(high.len() / 2));
-    let two = |code: u8| (code >> shift) & 3;
     let rows = first.iter().zip(second).zip(third.iter().zip(fourth));
-    out.extend(rows.map(|((&first, &second), (&third, &fourth))| {
-        two(first) | two(second) << 2 | two(third) << 4 | two(fourth) << 6
-    }));
+    for (out, ((first, second), (third, fourth))) in out.iter_mut().zip(rows) {
+        let (low, high) = (
+            first >> shift & 3 | (second >> shift & 3) << 2,
+            third >> shift & 3 | (fourth >> shift & 3) << 2,
+        );
+        *out = low | high << 4;
+    }
 }
 
 /// The lowest bit of each code: bit `i` of byte `j` is that of dimension `8 * j + i`.
 #[inline(always)]
-fn bits(row: &[u8], out: &mut Vec<u8>) {
-    out.extend(row.as_chunks::<8>().0.iter().map(|codes| {
+fn bits(row: &[u8], out: &mut [u8]) {
+    for (out, codes) in out.iter_mut().zip(row.as_chunks::<8>().0) {
         // The product moves bit 8 * i to bit 56 + i, and no two bits to one place.
         let lowest = u64::from_le_bytes(*codes) & 0x0101_0101_0101_0101;
         let [.., byte] = lowest.wrapping_mul(0x0102_0408_1020_4080).to_le_bytes();
-        byte
-    }));
+        *out = byte;
+    }
 }
 
 impl Packing {

@@ -4,7 +4,8 @@
 //! 16-bit floats; a code is the element's distance from the offset times the reciprocal of the scale, to nearest, ties to
 //! even. All arithmetic is IEEE, so every machine writes the same bytes.
 //!
-//! Plain loops over slices that the compiler turns into vector code, compiled once for each instruction set.
+//! Plain loops over slices that the compiler turns into vector code, compiled once for each instruction set. They are `for` loops and
+//! functions that are always inlined: what goes through a closure or an adapter's `fold` is compiled for the least CPU.
 
 use crate::dtype::{self, Dtype};
 use crate::packing::Packing;
@@ -15,6 +16,8 @@ use crate::{Isa, Quantizer, Shape};
 pub(crate) struct Ranges {
     pub(crate) smallest: Vec<f32>,
     pub(crate) largest: Vec<f32>,
+    /// The same, as integers.
+    ordered: [Vec<i16>; 2],
 }
 
 /// Compiles a function's body for each instruction set, and calls the one for the CPU.
@@ -96,75 +99,91 @@ fn elements(bytes: &[u8]) -> impl Iterator<Item = u16> {
 fn first_not_finite_body(plane: &[u8], dtype: Dtype) -> Option<usize> {
     let mask = dtype.exponent_mask();
     // Without an early end, so that it is done several elements at a time.
-    let any = elements(plane).fold(false, |any, bits| any | (bits & mask == mask));
+    let mut any = false;
+    for element in plane.as_chunks::<2>().0 {
+        any |= u16::from_le_bytes(*element) & mask == mask;
+    }
     if any { elements(plane).position(|bits| bits & mask == mask) } else { None }
 }
 
 #[inline(always)]
 fn lesser(a: f32, b: f32) -> f32 {
-    // One instruction, unlike `f32::min` with its rules for NaN; of two zeros the first stays.
+    // One instruction, unlike `f32::min` with its rules for NaN.
     if b < a { b } else { a }
 }
 
+/// A float's 16 bits, of either type, as a number that is ordered as the floats are, with -0 next below 0.
 #[inline(always)]
-fn greater(a: f32, b: f32) -> f32 {
-    if b > a { b } else { a }
+fn ordered(bits: [u8; 2]) -> i16 {
+    let bits = i16::from_le_bytes(bits);
+    bits ^ (bits >> 15 & i16::MAX)
+}
+
+/// The bits that [`ordered`] made a number of.
+#[inline(always)]
+fn unordered(number: i16) -> u16 {
+    (number ^ (number >> 15 & i16::MAX)).cast_unsigned()
 }
 
 #[inline(always)]
 fn measure_body(plane: &[u8], shape: &Shape, quantizer: Quantizer, ranges: &mut Ranges) {
-    match shape.dtype {
-        Dtype::Bf16 => measure_with(plane, shape, quantizer, ranges, dtype::bf16_to_f32),
-        Dtype::F16 => measure_with(plane, shape, quantizer, ranges, dtype::f16_to_f32),
+    let Ranges { smallest, largest, ordered: [least, most] } = ranges;
+    let groups = match quantizer {
+        Quantizer::PerTokenAndHead => shape.head_rows(),
+        _ => shape.channels(),
+    };
+    least.clear();
+    least.resize(groups, i16::MAX);
+    most.clear();
+    most.resize(groups, i16::MIN);
+    if quantizer == Quantizer::PerTokenAndHead {
+        let rows = plane.chunks_exact(usize::from(shape.head_dim) * Dtype::BYTES);
+        for ((least, most), row) in least.iter_mut().zip(&mut *most).zip(rows) {
+            (*least, *most) = range_of_row(row);
+        }
+    } else {
+        for token in plane.chunks_exact(shape.channels() * Dtype::BYTES) {
+            widen_ranges(least, most, token.as_chunks::<2>().0);
+        }
     }
-}
-
-#[inline(always)]
-fn measure_with(
-    plane: &[u8],
-    shape: &Shape,
-    quantizer: Quantizer,
-    Ranges { smallest, largest }: &mut Ranges,
-    widen: impl Fn(u16) -> f32,
-) {
     smallest.clear();
     largest.clear();
-    if quantizer == Quantizer::PerTokenAndHead {
-        for row in plane.chunks_exact(usize::from(shape.head_dim) * Dtype::BYTES) {
-            let (least, most) = range_of_row(row, &widen);
-            smallest.push(least);
-            largest.push(most);
-        }
-        return;
-    }
-    smallest.resize(shape.channels(), f32::INFINITY);
-    largest.resize(shape.channels(), f32::NEG_INFINITY);
-    for token in plane.chunks_exact(shape.channels() * Dtype::BYTES) {
-        for ((least, most), bits) in smallest.iter_mut().zip(largest.iter_mut()).zip(elements(token)) {
-            let value = widen(bits);
-            *least = lesser(*least, value);
-            *most = greater(*most, value);
-        }
+    for (&least, &most) in least.iter().zip(&*most) {
+        smallest.push(shape.dtype.widen(unordered(least)));
+        largest.push(shape.dtype.widen(unordered(most)));
     }
 }
 
-/// Smallest and largest of a row: those of sixteen columns first, since a compiler may not reorder comparisons.
-///
-/// Of zeros of both signs, which one is smallest depends on the order; the encoder makes all of them positive.
 #[inline(always)]
-fn range_of_row(row: &[u8], widen: &impl Fn(u16) -> f32) -> (f32, f32) {
-    let (mut least, mut most) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
-    let (columns, rest) = row.as_chunks::<32>();
+fn widen_ranges(least: &mut [i16], most: &mut [i16], token: &[[u8; 2]]) {
+    for ((least, most), &bits) in least.iter_mut().zip(most).zip(token) {
+        let number = ordered(bits);
+        *least = if number < *least { number } else { *least };
+        *most = if number > *most { number } else { *most };
+    }
+}
+
+/// Smallest and largest of a row: those of 32 columns first, so that as many are compared at a time.
+#[inline(always)]
+fn range_of_row(row: &[u8]) -> (i16, i16) {
+    let (mut least, mut most) = ([i16::MAX; 32], [i16::MIN; 32]);
+    let (columns, rest) = row.as_chunks::<2>().0.as_chunks::<32>();
     for values in columns {
-        for ((least, most), bits) in least.iter_mut().zip(&mut most).zip(elements(values)) {
-            let value = widen(bits);
-            *least = lesser(*least, value);
-            *most = greater(*most, value);
+        for ((least, most), &bits) in least.iter_mut().zip(&mut most).zip(values) {
+            let number = ordered(bits);
+            *least = if number < *least { number } else { *least };
+            *most = if number > *most { number } else { *most };
         }
     }
-    let rest = || elements(rest).map(widen);
-    let least = least.into_iter().chain(rest()).fold(f32::INFINITY, lesser);
-    (least, most.into_iter().chain(rest()).fold(f32::NEG_INFINITY, greater))
+    let mut range = (i16::MAX, i16::MIN);
+    for (&least, &most) in least.iter().zip(&most) {
+        range = (range.0.min(least), range.1.max(most));
+    }
+    for &bits in rest {
+        let number = ordered(bits);
+        range = (range.0.min(number), range.1.max(number));
+    }
+    range
 }
 
 /// Bits of scale and offset of a group with this range, as `dtype`, the type of the plane's elements.
@@ -221,39 +240,51 @@ fn quantize_body(
     section: &mut Vec<u8>,
 ) {
     match shape.dtype {
-        Dtype::Bf16 => quantize_with(plane, shape, groups, row, [plain, section], dtype::bf16_to_f32),
-        Dtype::F16 => quantize_with(plane, shape, groups, row, [plain, section], dtype::f16_to_f32),
+        Dtype::Bf16 => quantize_with::<true>(plane, shape, groups, row, plain, section),
+        Dtype::F16 => quantize_with::<false>(plane, shape, groups, row, plain, section),
     }
 }
 
 #[inline(always)]
-fn quantize_with(
+fn widened<const BF16: bool>(bits: [u8; 2]) -> f32 {
+    let bits = u16::from_le_bytes(bits);
+    if BF16 { dtype::bf16_to_f32(bits) } else { dtype::f16_to_f32(bits) }
+}
+
+#[inline(always)]
+fn quantize_with<const BF16: bool>(
     plane: &[u8],
     shape: &Shape,
     groups: &Groups<'_>,
     codes: &mut Vec<u8>,
-    [plain, section]: [&mut Vec<u8>; 2],
-    widen: impl Fn(u16) -> f32,
+    plain: &mut Vec<u8>,
+    section: &mut Vec<u8>,
 ) {
-    let dim = usize::from(shape.head_dim);
+    let (dim, packing) = (usize::from(shape.head_dim), groups.packing);
+    let elements = shape.elements_per_plane();
     let largest_code = f32::from(groups.largest_code);
     codes.resize(dim, 0);
+    let (plain_at, section_at) = (plain.len(), section.len());
+    plain.resize(plain_at + packing.plain_bytes(elements), 0);
+    section.resize(section_at + packing.section_bytes(elements), 0);
+    let (mut plain, mut section) = (&mut plain[plain_at..], &mut section[section_at..]);
     for (index, row) in plane.chunks_exact(dim * Dtype::BYTES).enumerate() {
-        let values = codes.iter_mut().zip(elements(row));
+        let values = codes.iter_mut().zip(row.as_chunks::<2>().0);
         if groups.per_channel {
             let first = index * dim % groups.offsets.len();
             let channels =
                 groups.reciprocals[first..first + dim].iter().zip(&groups.offsets[first..first + dim]);
-            for ((to, bits), (&reciprocal, &offset)) in values.zip(channels) {
-                *to = code(widen(bits), reciprocal, offset, largest_code);
+            for ((to, &bits), (&reciprocal, &offset)) in values.zip(channels) {
+                *to = code(widened::<BF16>(bits), reciprocal, offset, largest_code);
             }
         } else {
             let (reciprocal, offset) = (groups.reciprocals[index], groups.offsets[index]);
-            for (to, bits) in values {
-                *to = code(widen(bits), reciprocal, offset, largest_code);
+            for (to, &bits) in values {
+                *to = code(widened::<BF16>(bits), reciprocal, offset, largest_code);
             }
         }
-        groups.packing.pack_row(codes, plain, section);
+        let (plain_row, section_row) = packing.rows(dim, &mut plain, &mut section);
+        packing.pack_row(codes, plain_row, section_row);
     }
 }
 

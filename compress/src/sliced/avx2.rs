@@ -4,7 +4,8 @@ use std::arch::x86_64::{
     __m256i, _mm_loadu_si128, _mm256_add_epi8, _mm256_and_si256, _mm256_broadcastsi128_si256,
     _mm256_cmpeq_epi8, _mm256_cmpgt_epi8, _mm256_loadu_si256, _mm256_movemask_epi8, _mm256_or_si256,
     _mm256_set1_epi8, _mm256_set1_epi64x, _mm256_setr_epi64x, _mm256_setzero_si256, _mm256_shuffle_epi8,
-    _mm256_slli_epi16, _mm256_storeu_si256, _mm256_sub_epi8, _mm256_subs_epu8, _pdep_u64, _pext_u64,
+    _mm256_slli_epi16, _mm256_srli_epi16, _mm256_storeu_si256, _mm256_sub_epi8, _mm256_subs_epu8, _pdep_u64,
+    _pext_u64,
 };
 
 use super::encode::{Code, Parts, Planes, encode_with};
@@ -182,28 +183,40 @@ pub(super) unsafe fn encode(bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) 
 /// The CPU has these features.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn planes(code: &Code, nibbles: &[u8; BLOCK_BYTES]) -> Planes {
+unsafe fn planes(code: &Code, block: &[u8; BLOCK_BYTES]) -> [Planes; 2] {
     // SAFETY: sixteen bytes each, and 32 twice.
-    unsafe {
+    let (shapes, bits, bytes) = unsafe {
         let table = |table: &[u8; 16]| _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
-        let (shapes, bits) = (table(&code.shapes), table(&code.bits));
-        let nibbles = nibbles.as_ptr().cast::<__m256i>();
-        let (low, high) = (_mm256_loadu_si256(nibbles), _mm256_loadu_si256(nibbles.add(1)));
-        let shapes = [_mm256_shuffle_epi8(shapes, low), _mm256_shuffle_epi8(shapes, high)];
-        let bits = [_mm256_shuffle_epi8(bits, low), _mm256_shuffle_epi8(bits, high)];
-        [
-            plane::<7>(shapes),
-            plane::<6>(shapes),
-            plane::<5>(shapes),
-            plane::<4>(shapes),
-            plane::<3>(shapes),
-            plane::<2>(shapes),
-            plane::<7>(bits),
-            plane::<6>(bits),
-            plane::<5>(bits),
-            plane::<4>(bits),
-        ]
-    }
+        let block = block.as_ptr().cast::<__m256i>();
+        let bytes = [_mm256_loadu_si256(block), _mm256_loadu_si256(block.add(1))];
+        (table(&code.shapes), table(&code.bits), bytes)
+    };
+    let mask = _mm256_set1_epi8(0x0f);
+    let low = [_mm256_and_si256(bytes[0], mask), _mm256_and_si256(bytes[1], mask)];
+    let high = [
+        _mm256_and_si256(_mm256_srli_epi16::<4>(bytes[0]), mask),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(bytes[1]), mask),
+    ];
+    [planes_of(shapes, bits, low), planes_of(shapes, bits, high)]
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn planes_of(shapes: __m256i, bits: __m256i, [low, high]: [__m256i; 2]) -> Planes {
+    let shapes = [_mm256_shuffle_epi8(shapes, low), _mm256_shuffle_epi8(shapes, high)];
+    let bits = [_mm256_shuffle_epi8(bits, low), _mm256_shuffle_epi8(bits, high)];
+    [
+        plane::<7>(shapes),
+        plane::<6>(shapes),
+        plane::<5>(shapes),
+        plane::<4>(shapes),
+        plane::<3>(shapes),
+        plane::<2>(shapes),
+        plane::<7>(bits),
+        plane::<6>(bits),
+        plane::<5>(bits),
+        plane::<4>(bits),
+    ]
 }
 
 /// The bit of each byte that a shift makes the highest.

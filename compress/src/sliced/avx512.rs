@@ -1,11 +1,11 @@
 //! AVX-512 and BMI2: a block at a time, 64 nibbles in a register.
 
 use std::arch::x86_64::{
-    __m128i, __m512i, _mm_loadu_si128, _mm512_add_epi8, _mm512_broadcast_i32x4, _mm512_cmpge_epu8_mask,
-    _mm512_gf2p8affine_epi64_epi8, _mm512_inserti32x4, _mm512_loadu_si512, _mm512_mask_add_epi8,
-    _mm512_maskz_loadu_epi8, _mm512_or_si512, _mm512_permutexvar_epi8, _mm512_set1_epi8, _mm512_set1_epi64,
-    _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_storeu_si512, _mm512_subs_epu8,
-    _mm512_test_epi8_mask, _pdep_u64, _pext_u64,
+    __m128i, __m512i, _mm_loadu_si128, _mm512_add_epi8, _mm512_and_si512, _mm512_broadcast_i32x4,
+    _mm512_cmpge_epu8_mask, _mm512_gf2p8affine_epi64_epi8, _mm512_inserti32x4, _mm512_loadu_si512,
+    _mm512_mask_add_epi8, _mm512_maskz_loadu_epi8, _mm512_or_si512, _mm512_permutexvar_epi8,
+    _mm512_set1_epi8, _mm512_set1_epi64, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16,
+    _mm512_srli_epi16, _mm512_storeu_si512, _mm512_subs_epu8, _mm512_test_epi8_mask, _pdep_u64, _pext_u64,
 };
 
 use super::encode::{Code, Parts, Planes, encode_with};
@@ -211,9 +211,18 @@ pub(super) unsafe fn encode(bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) 
 /// The CPU has these features.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-unsafe fn planes(code: &Code, nibbles: &[u8; BLOCK_BYTES]) -> Planes {
+unsafe fn planes(code: &Code, block: &[u8; BLOCK_BYTES]) -> [Planes; 2] {
     // SAFETY: 64 bytes.
-    let nibbles = unsafe { _mm512_loadu_si512(nibbles.as_ptr().cast()) };
+    let bytes = unsafe { _mm512_loadu_si512(block.as_ptr().cast()) };
+    let mask = _mm512_set1_epi8(0x0f);
+    let low = _mm512_and_si512(bytes, mask);
+    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), mask);
+    [planes_of(code, low), planes_of(code, high)]
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+fn planes_of(code: &Code, nibbles: __m512i) -> Planes {
     let shapes = _mm512_shuffle_epi8(table(&code.shapes), nibbles);
     let bits = _mm512_shuffle_epi8(table(&code.bits), nibbles);
     let plane = |bytes, place: u32| _mm512_test_epi8_mask(bytes, _mm512_set1_epi8(1 << place));

@@ -109,40 +109,49 @@ pub(crate) fn encode(isa: Isa, bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8
         #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
         Isa::Avx2 => unsafe { super::avx2::encode(bytes, parts, out) },
-        _ => encode_with(bytes, parts, out, planes, extract),
+        _ => encode_with(
+            bytes,
+            parts,
+            out,
+            |code, block| {
+                [planes(code, &block.map(|byte| byte & 0x0f)), planes(code, &block.map(|byte| byte >> 4))]
+            },
+            extract,
+        ),
     }
 }
 
-/// [`encode`] with a way to take the planes of 64 nibbles and to gather the bits under a mask.
+/// [`encode`] with a way to take the planes of a block's low and high nibbles and to gather the bits under a mask.
 #[inline(always)]
 pub(super) fn encode_with(
     bytes: &[u8],
     Parts { levels, base }: &mut Parts,
     out: &mut Vec<u8>,
-    planes: impl Fn(&Code, &[u8; BLOCK_BYTES]) -> Planes,
+    planes: impl Fn(&Code, &[u8; BLOCK_BYTES]) -> [Planes; 2],
     extract: impl Fn(u64, u64) -> u64,
 ) {
     let code = Code::new(&histogram(bytes));
     base.clear();
     base.reserve(bytes.len().div_ceil(BLOCK_BYTES) * BLOCK_BASE_BYTES);
     levels.iter_mut().for_each(|level| level.clear(2 * bytes.len()));
-    let mut write = |block: &[u8; BLOCK_BYTES]| {
-        for nibbles in [block.map(|byte| byte & 0x0f), block.map(|byte| byte >> 4)] {
-            let planes = planes(&code, &nibbles);
-            planes[..BASE_BITS].iter().for_each(|plane| base.extend_from_slice(&plane.to_le_bytes()));
-            let (goes_on, bits) = planes[BASE_BITS..].split_at(LEVELS);
-            for ((level, &mask), &bits) in levels.iter_mut().zip(goes_on).zip(bits) {
-                level.append(extract(bits, mask), mask.count_ones());
+    let (whole, rest) = bytes.as_chunks::<BLOCK_BYTES>();
+    // Filled up with what takes no bits beyond the base, if anything does.
+    let mut last = [[code.order[0] * 0x11; BLOCK_BYTES]];
+    last[0][..rest.len()].copy_from_slice(rest);
+    let last: &[[u8; BLOCK_BYTES]] = if rest.is_empty() { &[] } else { &last };
+    for blocks in [whole, last] {
+        for block in blocks {
+            for planes in planes(&code, block) {
+                let (fixed, rest) = planes.split_at(BASE_BITS);
+                for plane in fixed {
+                    base.extend_from_slice(&plane.to_le_bytes());
+                }
+                let (goes_on, bits) = rest.split_at(LEVELS);
+                for ((level, &mask), &bits) in levels.iter_mut().zip(goes_on).zip(bits) {
+                    level.append(extract(bits, mask), mask.count_ones());
+                }
             }
         }
-    };
-    let (whole, rest) = bytes.as_chunks::<BLOCK_BYTES>();
-    whole.iter().for_each(&mut write);
-    if !rest.is_empty() {
-        // Filled up with what takes no bits beyond the base, if anything does.
-        let mut last = [code.order[0] * 0x11; BLOCK_BYTES];
-        last[..rest.len()].copy_from_slice(rest);
-        write(&last);
     }
     levels.iter_mut().for_each(Bits::finish);
     let header_at = out.len();
