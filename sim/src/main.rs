@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
@@ -79,7 +79,7 @@ enum Command {
         #[arg(long)]
         trace: bool,
     },
-    /// Run many seeds.
+    /// Run many seeds, until one fails; says every ten seconds how many held. Several processes share a range by --first and --seeds.
     Soak {
         /// The first.
         #[arg(long, default_value_t = 0)]
@@ -93,6 +93,9 @@ enum Command {
         /// Stop after this many seconds, however many seeds were run by then.
         #[arg(long)]
         seconds: Option<u64>,
+        /// Go on after a seed that fails.
+        #[arg(long)]
+        keep_going: bool,
         /// Print the outcome as JSON.
         #[arg(long)]
         json: bool,
@@ -143,8 +146,10 @@ fn run(arguments: Arguments) -> anyhow::Result<bool> {
             Ok(true)
         }
         (None, Some(Command::Replay { seed, trace })) => Ok(replay(seed, trace)),
-        (None, Some(Command::Soak { first, seeds, threads, seconds, json })) => {
-            soak(first, seeds, threads, seconds, json)
+        (None, Some(Command::Soak { first, seeds, threads, seconds, keep_going, json })) => {
+            let cpus = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+            let threads = threads.unwrap_or_else(cpus).max(1);
+            soak(&Soak { seeds: first..first + seeds, threads, seconds, keeps_going: keep_going }, json)
         }
         (Some(_), Some(_)) => bail!("--seed stands alone or behind a command"),
         (None, None) => bail!("nothing to do; see --help"),
@@ -169,46 +174,92 @@ fn rate(packets: u64, since: Instant) -> f64 {
     packets as f64 / since.elapsed().as_secs_f64() / 1e6
 }
 
-fn soak(
-    first: u64,
-    seeds: u64,
-    threads: Option<usize>,
+/// A soak's seeds, and when it ends.
+struct Soak {
+    seeds: Range<u64>,
+    threads: usize,
     seconds: Option<u64>,
-    json: bool,
-) -> anyhow::Result<bool> {
-    let threads = threads
-        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get))
-        .max(1);
-    let next = AtomicU64::new(first);
-    let total = Mutex::new((Outcome::default(), Vec::new()));
-    let clock = Instant::now();
-    let is_over = || seconds.is_some_and(|seconds| clock.elapsed().as_secs() >= seconds);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while !is_over() {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= first + seeds {
-                        return;
-                    }
-                    let result = catch_unwind(AssertUnwindSafe(|| seeds::run(seed, false)));
-                    let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
-                    match result {
-                        Ok(outcome) => total.0.add(&outcome),
-                        Err(_) => {
-                            eprintln!(
-                                "seed {seed} failed; again: cargo run -p sim --release -- --seed {seed}"
-                            );
-                            total.1.push(seed);
+    keeps_going: bool,
+}
+
+/// What has come of a soak so far.
+#[derive(Default)]
+struct Total {
+    outcome: Outcome,
+    failed: Vec<u64>,
+}
+
+impl Soak {
+    fn run(&self, clock: Instant) -> Total {
+        let (next, total) = (AtomicU64::new(self.seeds.start), Mutex::new(Total::default()));
+        let is_over = || {
+            let is_late = self.seconds.is_some_and(|seconds| clock.elapsed().as_secs() >= seconds);
+            is_late || (!self.keeps_going && !lock(&total).failed.is_empty())
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..self.threads)
+                .map(|_| {
+                    scope.spawn(|| {
+                        while !is_over() {
+                            let seed = next.fetch_add(1, Ordering::Relaxed);
+                            if seed >= self.seeds.end {
+                                return;
+                            }
+                            run_seed(seed, &total);
                         }
-                    }
+                    })
+                })
+                .collect();
+            let mut told = Instant::now();
+            while !threads.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+                std::thread::sleep(Duration::from_millis(50));
+                if told.elapsed() >= TELL_EVERY {
+                    told = Instant::now();
+                    self.tell(&lock(&total), clock);
                 }
-            });
+            }
+        });
+        let mut total = total.into_inner().unwrap_or_else(PoisonError::into_inner);
+        total.failed.sort_unstable();
+        total
+    }
+
+    fn tell(&self, total: &Total, clock: Instant) {
+        let Total { outcome, failed } = total;
+        eprintln!(
+            "{} of {} seeds from {} held, {} failed; {} s, {:.2} million packets a second",
+            outcome.runs,
+            self.seeds.end - self.seeds.start,
+            self.seeds.start,
+            failed.len(),
+            clock.elapsed().as_secs(),
+            rate(outcome.packets, clock)
+        );
+    }
+}
+
+/// How often a soak says how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(10);
+
+fn lock(total: &Mutex<Total>) -> MutexGuard<'_, Total> {
+    total.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run_seed(seed: u64, total: &Mutex<Total>) {
+    match catch_unwind(AssertUnwindSafe(|| seeds::run(seed, false))) {
+        Ok(outcome) => lock(total).outcome.add(&outcome),
+        Err(_) => {
+            eprintln!("seed {seed} failed; again: cargo run -p sim --release -- --seed {seed}");
+            lock(total).failed.push(seed);
         }
-    });
-    let (outcome, mut failed) = total.into_inner().unwrap_or_else(PoisonError::into_inner);
-    failed.sort_unstable();
+    }
+}
+
+fn soak(soak: &Soak, json: bool) -> anyhow::Result<bool> {
+    let clock = Instant::now();
+    let Total { outcome, failed } = soak.run(clock);
     let million_packets_per_second = rate(outcome.packets, clock);
+    let (first, threads) = (soak.seeds.start, soak.threads);
     if json {
         let report = serde_json::json!({
             "first": first,
