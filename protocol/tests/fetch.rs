@@ -1,4 +1,5 @@
-//! Both engines over a simulated network.
+//! What both engines do in named situations, over a network that loses nothing. What they do over a bad one, in situations of all kinds, is
+//! tried in `sim`, seed by seed.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::cast_precision_loss,
@@ -9,13 +10,11 @@ mod network;
 
 use std::time::Duration;
 
+use network::World;
 use network::chunks::Chunk;
-use network::random::Random;
-use network::{Faults, World};
-use proptest::prelude::*;
 use protocol::{
-    ChunkFailure, ChunkShape, FetchConfig, FetchOutcome, Instant, Key, LookupId, LookupOutcome, Schedule,
-    ServeConfig, Sources, StoreIndex,
+    ChunkFailure, ChunkShape, FetchConfig, FetchOutcome, Instant, Key, LookupId, LookupOutcome, ServeConfig,
+    Sources, StoreIndex,
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -266,7 +265,7 @@ fn a_store_that_keeps_forgetting_fails_the_chunk() {
 fn corrupt_planes_are_pulled_again_then_reported() {
     let mut world = World::new(10, &config(), serve());
     let keys = fill(&mut world, 0, 0, 10, &SHAPE);
-    world.false_corrupt = 0.1;
+    world.false_corrupt = 0.05;
     world.start(1, 0, &keys, &SHAPE, 10 * SECOND);
     world.run();
     assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done);
@@ -324,19 +323,6 @@ fn a_cancelled_fetch_ends_at_once_but_for_verdicts() {
         if outcome == FetchOutcome::Cancelled {
             assert!(ended <= at + world.decode_nanos, "{ended} after {at}");
         }
-    }
-}
-
-#[test]
-fn a_lossy_network_delivers_everything() {
-    for (seed, loss) in [(1, 0.001), (2, 0.01), (3, 0.1), (4, 0.3)] {
-        let mut world = World::new(seed, &config(), serve());
-        world.faults = Faults { loss, duplication: loss, jitter_nanos: 30_000, corruption: 0.0 };
-        let keys = fill(&mut world, 0, 0, 20, &SHAPE);
-        world.start(1, 0, &keys, &SHAPE, 100 * SECOND);
-        world.run();
-        world.assert_quiet();
-        assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done, "loss {loss}");
     }
 }
 
@@ -492,102 +478,5 @@ fn a_busy_store_is_left_alone_and_everything_still_arrives() {
         if replicas == 2 {
             assert!(world.records[&(0, 1)].ended.unwrap().0 < 15_000_000, "the other store has it all");
         }
-    }
-}
-
-/// Budgets, shapes, faults and events of one run, all from one seed.
-fn random_run(seed: u64) {
-    let mut random = Random::new(seed ^ 0x5eed);
-    let segment_bytes = random.between(1, 12) as u16 * 32;
-    let max_plane_bytes = random.between(1, 3000) as u32;
-    let plane_segments = max_plane_bytes.div_ceil(u32::from(segment_bytes));
-    let config = FetchConfig {
-        queues: random.between(1, 3) as u16,
-        max_fetches: 6,
-        max_lookups: 3,
-        max_chunks_per_fetch: 50,
-        active_chunks: random.between(1, 12) as u16,
-        active_planes: random.between(1, 12) as u16,
-        max_planes_per_chunk: 10,
-        max_plane_bytes,
-        max_header_bytes: 400,
-        segment_bytes,
-        window_segments: random.between(1, 100) as u32,
-        memory_segments: plane_segments + random.below(100) as u32,
-        rto_min: Duration::from_micros(random.between(50, 500)),
-        rto_max: Duration::from_millis(random.between(1, 20)),
-        stores: random.between(1, 3) as u16,
-        link_mbps: [0, random.between(10, 20_000) as u32][usize::from(random.chance(0.5))],
-        schedule: [Schedule::ShortestRemaining, Schedule::EarliestDeadline, Schedule::RoundRobin]
-            [random.below(3) as usize],
-        seed: seed as u32,
-        ..config()
-    };
-    let serve = ServeConfig {
-        max_pending_pulls: random.between(1, 20) as usize,
-        max_pending_replies: random.between(1, 4) as usize,
-        ..serve()
-    };
-    let replicas = random.between(1, u64::from(config.stores)) as usize;
-    let mut world = World::with_replicas(seed, &config, serve, replicas);
-    world.latency_nanos = random.between(1_000, 100_000);
-    world.decode_nanos = random.between(0, 300_000);
-    let jitter_nanos = [0, random.below(300_000)][usize::from(random.chance(0.5))];
-    let mut fault =
-        |most: f64| if random.chance(0.5) { 0.0 } else { random.below(1000) as f64 / 1000.0 * most };
-    world.faults =
-        Faults { loss: fault(0.3), duplication: fault(0.3), corruption: fault(0.05), jitter_nanos };
-    world.false_corrupt = fault(0.1);
-    world.rejected = fault(0.02);
-    let shape = ChunkShape { layers: random.between(1, 5) as u16, ..SHAPE };
-    let keys: Vec<Vec<Key>> = (0..config.stores)
-        .map(|store| fill(&mut world, usize::from(store), u64::from(store) * 1000, 20, &shape))
-        .collect();
-    let placed = fill_placed(&mut world, 5000, 20, &shape);
-    let mut now = 0;
-    for id in 0..random.between(1, 6) {
-        let store = random.below(u64::from(config.stores)) as usize;
-        let first = random.below(20) as usize;
-        let (sources, from) = match random.chance(0.5) {
-            true => (Sources::Placed, &placed),
-            false => (Sources::One(StoreIndex(store as u16)), &keys[store]),
-        };
-        let mut asked = from[first..first + random.between(1, 20 - first as u64) as usize].to_vec();
-        if random.chance(0.2) {
-            asked.push(key(999_999));
-        }
-        let deadline = now + random.between(100_000, 60_000_000);
-        world.start_from(id, sources, &asked, &shape, deadline);
-        let at = world.now();
-        world.engine_mut(0).lookup(at, LookupId(id), Instant::from_nanos(deadline), sources, &asked).ok();
-        now += random.below(2_000_000);
-        world.run_until(now);
-        match random.below(8) {
-            0 => world.restart(store),
-            1 => world.stores[store].alive = false,
-            2 => world.stores[store].alive = true,
-            3 => world.cancel(random.below(id + 1)),
-            4 => world.stores[store].library.remove(&keys[store][random.below(20) as usize]),
-            _ => {}
-        }
-        world.drain();
-    }
-    world.run();
-    world.assert_quiet();
-}
-
-#[test]
-fn invariants_hold_over_thousands_of_seeds() {
-    for seed in 0..2500 {
-        let result = std::panic::catch_unwind(|| random_run(seed));
-        assert!(result.is_ok(), "seed {seed} failed");
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
-    #[test]
-    fn invariants_hold_for_any_seed(seed in any::<u64>()) {
-        random_run(seed);
     }
 }

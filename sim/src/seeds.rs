@@ -151,6 +151,7 @@ pub fn scenario(seed: u64) -> Scenario {
     };
     let materialize = r.chance(125_000);
     scenario.stores.iter_mut().for_each(|store| store.config.materialize = materialize);
+    scenario.planes.iter_mut().for_each(|plane| plane.config.materialize = materialize);
     let hosts = planes + u32::from(stores);
     for host in 0..hosts {
         for way in [Way::Up, Way::Down] {

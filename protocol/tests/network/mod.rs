@@ -1,5 +1,5 @@
-//! A simulated network between real engines of both ends: virtual time, latency, loss, duplication, reordering,
-//! corruption, stores that restart or fall silent. Every invariant of the engines is checked at every step.
+//! Real engines of both ends, virtual time, latency, stores that restart, fall silent or are slow; nothing is lost. Every invariant of the
+//! engines is checked at every step. (Bad networks are `sim`'s, which these tests cannot use: it depends on this crate.)
 
 #![allow(
     dead_code,
@@ -29,16 +29,6 @@ use protocol::{
 
 use chunks::{Layout, Library};
 use random::Random;
-
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Faults {
-    pub loss: f64,
-    pub duplication: f64,
-    /// A packet flips one bit, unnoticed by the UDP checksum.
-    pub corruption: f64,
-    /// Packets are delayed by up to this, at random.
-    pub jitter_nanos: u64,
-}
 
 pub struct StoreNode {
     pub engine: ServeEngine,
@@ -101,7 +91,6 @@ enum To {
 pub struct World {
     pub random: Random,
     pub now: u64,
-    pub faults: Faults,
     pub latency_nanos: u64,
     /// Longest time from a plane's arrival to its verdict.
     pub decode_nanos: u64,
@@ -162,7 +151,6 @@ impl World {
         World {
             random: Random::new(seed),
             now: 0,
-            faults: Faults::default(),
             latency_nanos: 20_000,
             decode_nanos: 50_000,
             false_corrupt: 0.0,
@@ -240,23 +228,11 @@ impl World {
         node.engine = ServeEngine::new(ServeConfig { epoch: node.epoch, ..node.config });
     }
 
-    fn send(&mut self, at: u64, to: impl Fn() -> To, payload: &[u8]) {
+    fn send(&mut self, at: u64, to: To, payload: &[u8]) {
         self.packets += 1;
-        let copies = 1 + u32::from(self.random.chance(self.faults.duplication));
-        for _ in 0..copies {
-            if self.random.chance(self.faults.loss) {
-                continue;
-            }
-            let mut bytes = payload.to_vec();
-            if self.random.chance(self.faults.corruption) {
-                let bit = self.random.below(bytes.len() as u64 * 8);
-                bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
-            }
-            let jitter = self.random.below(self.faults.jitter_nanos + 1);
-            self.sequence += 1;
-            self.in_transit.insert(self.sequence, (to(), bytes));
-            self.wire.push(Reverse((at + self.latency_nanos + jitter, self.sequence)));
-        }
+        self.sequence += 1;
+        self.in_transit.insert(self.sequence, (to, payload.to_vec()));
+        self.wire.push(Reverse((at + self.latency_nanos, self.sequence)));
     }
 
     /// When something happens next, if ever.
@@ -313,7 +289,7 @@ impl World {
             if node.errors_every_nanos.is_some() && node.next_error <= self.now {
                 node.next_error = self.now + node.errors_every_nanos.unwrap_or_default();
                 let quote = Quote::new(payload);
-                self.send(now.nanos(), || To::Error { queue, store }, quote.bytes());
+                self.send(now.nanos(), To::Error { queue, store }, quote.bytes());
             }
             return;
         }
@@ -327,7 +303,7 @@ impl World {
                 Refusal { tag, sequence, subject, code: ErrorCode::Busy, epoch: node.epoch, retry_us: 100 };
             let mut out = [0; ERROR_BYTES];
             emit_error(&mut out, &busy).expect("it fits");
-            self.send(now.nanos(), || To::Queue { queue, store }, &out);
+            self.send(now.nanos(), To::Queue { queue, store }, &out);
             return;
         }
         let _ = node.engine.handle_datagram(now, peer(queue), payload, &node.library);
@@ -344,7 +320,7 @@ impl World {
             node.busy_until = node.busy_until.max(self.now) + 1000;
             let at = node.busy_until + node.delay_nanos;
             let queue = usize::from(transmit.to.port - PORT);
-            self.send(at, || To::Queue { queue, store }, &message);
+            self.send(at, To::Queue { queue, store }, &message);
         }
     }
 
@@ -433,7 +409,7 @@ impl World {
             let now = self.now();
             while let Some(transmit) = self.nodes[queue].engine.poll_transmit(now, &mut out) {
                 let store = usize::from(transmit.store.0);
-                self.send(now.nanos(), || To::Store { store, queue }, &out[..transmit.len]);
+                self.send(now.nanos(), To::Store { store, queue }, &out[..transmit.len]);
                 self.check(queue);
             }
             // Admitting a fetch without planes for this queue ends it.
