@@ -19,8 +19,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "perf/samples/smollm2-135m-kv-640.safetensors"
-# Ethernet, IPv4, UDP and DATA headers around a segment of 1440 bytes: what fills an MTU of 1500.
-FRAME_BYTES = 14 + 20 + 8 + 24 + 1440
+# By MTU: Ethernet, IPv4, UDP and DATA headers around the largest segment, and the memif buffers that hold such a frame.
+FRAMES = {1500: {"frame_bytes": 14 + 20 + 8 + 32 + 1440, "bsize": 2048}, 9000: {"frame_bytes": 14 + 20 + 8 + 32 + 8928, "bsize": 9216}}
 CODECS = ("raw", "lossless", "int8", "int4")
 
 
@@ -31,10 +31,20 @@ def parse_arguments():
     parser.add_argument("--testpmd", default="dpdk-testpmd", help="the program [dpdk-testpmd]")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement [5]")
     parser.add_argument("--seconds", type=int, default=2, help="of each round of receiving [2]")
-    parser.add_argument("--repeat", type=int, default=30, help="fetches in each round end to end [30]")
-    parser.add_argument("--cpus", default="0,1", help="receiver's CPU, sender's CPU [0,1]")
+    parser.add_argument("--repeat", type=int, default=30, help="most fetches in each round end to end [30]")
+    parser.add_argument("--fetch-mib", type=int, default=512, help="most MiB of KV fetched in each round end to end [512]")
+    parser.add_argument("--cpus", default="0,1", help="receiver's CPU, sender's CPU and, if there is one, the fault proxy's [0,1]")
+    parser.add_argument("--only", choices=("receive", "loss", "end_to_end"), action="append", help="measure this alone; may be repeated [all]")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
     return parser.parse_args()
+
+
+BEGAN = time.monotonic()
+
+
+def progress(what):
+    """Says on standard error what is being measured: a large input takes minutes."""
+    print(f"[{time.monotonic() - BEGAN:5.0f} s] {what}", file=sys.stderr, flush=True)
 
 
 def machine(program):
@@ -61,11 +71,13 @@ class Pair:
 
     def __init__(self, arguments):
         self.arguments = arguments
-        self.receiver_cpu, self.sender_cpu = arguments.cpus.split(",")
+        self.receiver_cpu, self.sender_cpu, *others = arguments.cpus.split(",")
+        self.proxy_cpu = others[0] if others else None
         self.huge = os.geteuid() == 0 and free_hugepages_mib() >= 512
 
-    def memif(self, folder, role):
-        return f"net_memif0,role={role},socket={folder}/memif.sock,socket-abstract=no,bsize=2048,rsize=11"
+    def memif(self, folder, role, mtu, number=0, socket="memif"):
+        bsize = FRAMES[mtu]["bsize"]
+        return f"net_memif{number},id=0,role={role},socket={folder}/{socket}.sock,socket-abstract=no,bsize={bsize},rsize=11"
 
     def eal_memory(self):
         return ["--in-memory"] if self.huge else ["--no-huge", "--no-shconf", "-m", "256"]
@@ -73,21 +85,23 @@ class Pair:
     def our_memory(self):
         return [] if self.huge else ["--no-huge"]
 
-    def testpmd(self, folder, role, mode, cpu, other_cpu):
+    def testpmd(self, folder, role, mode, cpu, other_cpu, mtu):
+        """As many mbufs, of the same size, as ours; its bursts are of 32 too."""
         command = [self.arguments.testpmd, f"--lcores=0@{other_cpu},1@{cpu}", *self.eal_memory(), "--no-pci", "--no-telemetry",
-                   f"--file-prefix=testpmd-{role}-{os.getpid()}", f"--vdev={self.memif(folder, role)}", "--",
-                   f"--forward-mode={mode}", "--auto-start", "--stats-period=1", "--total-num-mbufs=16384"]
+                   f"--file-prefix=testpmd-{role}-{os.getpid()}", f"--vdev={self.memif(folder, role, mtu)}", "--",
+                   f"--forward-mode={mode}", "--auto-start", "--stats-period=1", "--total-num-mbufs=16384",
+                   f"--mbuf-size={FRAMES[mtu]['bsize'] + 128}"]
         if mode == "txonly":
-            command.append(f"--txpkts={FRAME_BYTES}")
+            command.append(f"--txpkts={FRAMES[mtu]['frame_bytes']}")
         output = open(f"{folder}/{mode}.log", "w")
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 
-    def testpmd_rate(self):
+    def testpmd_rate(self, mtu):
         """Packets per second that testpmd receives in rxonly from testpmd in txonly."""
         with tempfile.TemporaryDirectory() as folder:
-            receiver = self.testpmd(folder, "server", "rxonly", self.receiver_cpu, self.sender_cpu)
+            receiver = self.testpmd(folder, "server", "rxonly", self.receiver_cpu, self.sender_cpu, mtu)
             time.sleep(1)
-            sender = self.testpmd(folder, "client", "txonly", self.sender_cpu, self.receiver_cpu)
+            sender = self.testpmd(folder, "client", "txonly", self.sender_cpu, self.receiver_cpu, mtu)
             time.sleep(self.arguments.seconds + 4)
             for process in (sender, receiver):
                 process.send_signal(signal.SIGINT)
@@ -99,24 +113,39 @@ class Pair:
             # The first second is part of the start, the last of the end.
             return statistics.median(rates[1:-1] or rates)
 
-    def our_rate(self):
-        """Packets per second through the data plane's receive path, from a store; and at what share of its core."""
+    def our_rate(self, mtu, loss=None):
+        """What the data plane's receive path counts, fed by a store; `loss` puts a proxy between the two that loses that share of the packets
+        each way."""
         with tempfile.TemporaryDirectory() as folder:
-            store = subprocess.Popen(
-                [self.arguments.program, "store", *self.our_memory(), "--codec", "raw", "--load", SAMPLE, "--lcores", self.sender_cpu,
-                 "--ip", "10.99.0.1/24", "--port", self.memif(folder, "client")],
-                stdout=subprocess.DEVNULL, stderr=open(f"{folder}/store.log", "w"))
+            helpers = []
+
+            def start(name, *command):
+                log = open(f"{folder}/{name}.log", "w")
+                helpers.append(subprocess.Popen([self.arguments.program, *command], stdout=subprocess.DEVNULL, stderr=log))
+
+            if loss is not None:
+                start("proxy", "fault-proxy", *self.our_memory(), "--lcore", self.proxy_cpu, "--loss", str(loss),
+                      "--port", self.memif(folder, "server", mtu), "--port", self.memif(folder, "server", mtu, 1, "other"))
+            start("store", "store", *self.our_memory(), "--codec", "raw", "--load", SAMPLE, "--lcores", self.sender_cpu,
+                  "--mtu", str(mtu), "--ip", "10.99.0.1/24", "--port", self.memif(folder, "client", mtu))
+            ours = self.memif(folder, "server", mtu) if loss is None else self.memif(folder, "client", mtu, 0, "other")
             receiver = subprocess.run(
                 [self.arguments.program, "bench", "rx", *self.our_memory(), "--tokens-from", SAMPLE, "--lcore", self.receiver_cpu,
-                 "--seconds", str(self.arguments.seconds), "--ip", "10.99.0.2/24", "--store", "10.99.0.1:4791",
-                 "--port", self.memif(folder, "server")],
+                 "--mtu", str(mtu), "--seconds", str(self.arguments.seconds), "--ip", "10.99.0.2/24", "--store", "10.99.0.1:4791",
+                 "--port", ours],
                 capture_output=True, text=True)
-            store.send_signal(signal.SIGTERM)
-            store.wait(timeout=20)
+            for process in reversed(helpers):
+                process.send_signal(signal.SIGTERM)
+                process.wait(timeout=20)
             if receiver.returncode != 0:
-                sys.exit(f"bench rx failed:\n{receiver.stderr}\n{pathlib.Path(f'{folder}/store.log').read_text()}")
+                logs = [path.read_text() for path in pathlib.Path(folder).glob("*.log")]
+                sys.exit(f"bench rx failed:\n{receiver.stderr}\n{logs}")
             counted = json.loads(receiver.stdout)
-            return counted["packets"] / counted["ns"] * 1e9, counted["busy_ns"] / counted["ns"]
+            return {
+                "pps": counted["packets"] / counted["ns"] * 1e9,
+                "goodput_gbps": counted["encoded_bytes"] * 8 / counted["ns"],
+                "busy": counted["busy_ns"] / counted["ns"],
+            }
 
 
 def free_hugepages_mib():
@@ -126,20 +155,43 @@ def free_hugepages_mib():
     return total
 
 
-def receive(pair, rounds):
+def receive(pair, rounds, mtu):
     """Our receive path beside testpmd's, same memif, same frames, same two CPUs."""
-    testpmd, ours, busy = [], [], []
-    for _ in range(rounds):
-        testpmd.append(pair.testpmd_rate())
-        rate, share = pair.our_rate()
-        ours.append(rate)
-        busy.append(share)
+    testpmd, ours = [], []
+    for number in range(rounds):
+        progress(f"receiving, MTU {mtu}: round {number + 1} of {rounds}")
+        testpmd.append(pair.testpmd_rate(mtu))
+        ours.append(pair.our_rate(mtu))
+    frame_bytes = FRAMES[mtu]["frame_bytes"]
+    testpmd_gbps = statistics.median(testpmd) * frame_bytes * 8 / 1e9
+    goodput = spread([figures["goodput_gbps"] for figures in ours])
+    pps = spread([figures["pps"] for figures in ours])
     return {
-        "frame_bytes": FRAME_BYTES,
+        "frame_bytes": frame_bytes,
         "testpmd_rxonly_pps": spread(testpmd),
-        "receive_path_pps": spread(ours),
-        "receive_path_busy_share": spread(busy),
-        "ratio": statistics.median(ours) / statistics.median(testpmd),
+        "testpmd_rxonly_gbps": testpmd_gbps,
+        "receive_path_pps": pps,
+        "receive_path_goodput_gbps": goodput,
+        "receive_path_busy_share": spread([figures["busy"] for figures in ours]),
+        "ratio": pps["median"] / statistics.median(testpmd),
+        "goodput_to_testpmd": goodput["median"] / testpmd_gbps,
+    }
+
+
+def loss(pair, rounds, share=0.01):
+    """Goodput through the fault proxy, without loss and with `share` of the packets lost each way: the proxy is in both."""
+    if pair.proxy_cpu is None:
+        return {"skipped": "the fault proxy needs a CPU of its own: name three in --cpus"}
+    without, lossy = [], []
+    for number in range(rounds):
+        progress(f"loss: round {number + 1} of {rounds}")
+        without.append(pair.our_rate(1500, 0.0)["goodput_gbps"])
+        lossy.append(pair.our_rate(1500, share)["goodput_gbps"])
+    return {
+        "loss": share,
+        "goodput_gbps_without": spread(without),
+        "goodput_gbps_with": spread(lossy),
+        "ratio": statistics.median(lossy) / statistics.median(without),
     }
 
 
@@ -147,7 +199,7 @@ def bare_loop(arguments):
     """Times of loops over the same planes that only decompress, and only decode, by codec."""
     cpu = arguments.cpus.split(",")[0]
     command = [arguments.program, "bench", "codec", "--json", "--codecs", ",".join(CODECS), "--compressions", "none,zstd", "--cpus", cpu,
-               "--slots", "4", "--input", str(arguments.input.resolve())]
+               "--slots", "4", "--rounds", "3", "--input", str(arguments.input.resolve())]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     figures = {}
     for result in report["results"]:
@@ -160,15 +212,18 @@ def bare_loop(arguments):
 
 def end_to_end(arguments):
     """A whole data plane on one lcore beside a loop that only decompresses the same planes."""
-    receiver_cpu, sender_cpu = arguments.cpus.split(",")
+    receiver_cpu, sender_cpu = arguments.cpus.split(",")[:2]
+    repeat = min(arguments.repeat, max(3, (arguments.fetch_mib << 20) // arguments.input.stat().st_size))
     goodput = {codec: [] for codec in CODECS}
     bare = {codec: [] for codec in CODECS}
     fused = {codec: [] for codec in CODECS}
     memory = {}
-    for _ in range(arguments.rounds):
+    for number in range(arguments.rounds):
+        progress(f"end to end: round {number + 1} of {arguments.rounds}: loops over planes in memory")
         figures = bare_loop(arguments)
         for codec in CODECS:
-            command = [arguments.program, "demo", "--json", "--repeat", str(arguments.repeat), "--codec", codec, "--input", arguments.input,
+            progress(f"end to end: round {number + 1} of {arguments.rounds}: {repeat} fetches of {codec}")
+            command = [arguments.program, "demo", "--json", "--repeat", str(repeat), "--codec", codec, "--input", arguments.input,
                        "--lcores", ",".join(f"{stage}@{receiver_cpu}" for stage in ("rx", "decode", "dma")), "--store-lcore", sender_cpu]
             report = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
             plane_bits = report["encoded_bytes"] * 8 / report["planes"]
@@ -190,12 +245,21 @@ def end_to_end(arguments):
 
 def print_table(result):
     print("machine:", ", ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    rx = result["receive"]
-    print(f"\nreceiving frames of {rx['frame_bytes']} bytes over memif, Mpps: median (min to max)")
-    for name in ("testpmd_rxonly_pps", "receive_path_pps"):
-        figure = rx[name]
-        print(f"  {name[:-4]:34} {figure['median'] / 1e6:6.2f}  ({figure['min'] / 1e6:.2f} to {figure['max'] / 1e6:.2f})")
-    print(f"  ratio to testpmd {rx['ratio']:.2f}")
+    for rx in result.get("receive", {}).values():
+        print(f"\nreceiving frames of {rx['frame_bytes']} bytes over memif, Mpps: median (min to max)")
+        for name in ("testpmd_rxonly_pps", "receive_path_pps"):
+            figure = rx[name]
+            print(f"  {name[:-4]:34} {figure['median'] / 1e6:6.2f}  ({figure['min'] / 1e6:.2f} to {figure['max'] / 1e6:.2f})")
+        print(f"  ratio to testpmd {rx['ratio']:.2f}; encoded goodput {rx['receive_path_goodput_gbps']['median']:.1f} Gbps, "
+              f"{rx['goodput_to_testpmd']:.2f} of testpmd's {rx['testpmd_rxonly_gbps']:.1f} Gbps of frames")
+    if "ratio" in result.get("loss", {}):
+        figure = result["loss"]
+        print(f"\nthrough the fault proxy, encoded Gbps: {figure['goodput_gbps_without']['median']:.1f} without loss, "
+              f"{figure['goodput_gbps_with']['median']:.1f} with {figure['loss']:.0%} lost each way, ratio {figure['ratio']:.2f}")
+    elif "loss" in result:
+        print(f"\nloss: skipped, {result['loss']['skipped']}")
+    if "end_to_end" not in result:
+        return
     print("\nend to end on one data-plane lcore, encoded Gbps, medians, beside loops on the same planes")
     print("  codec     goodput  bare decompress  ratio  bare decode  ratio")
     for codec, row in result["end_to_end"].items():
@@ -221,13 +285,19 @@ def main():
     result = {"machine": machine(arguments.program), "input": arguments.input.name}
     pair = Pair(arguments)
     result["machine"]["measured_on"] = "hugepages" if pair.huge else "ordinary pages (no hugepages: slower)"
-    result["receive"] = receive(pair, arguments.rounds)
-    result["end_to_end"], memory = end_to_end(arguments)
-    result["memory"] = memory_report(memory)
+    chosen = arguments.only or ("receive", "loss", "end_to_end")
+    if "receive" in chosen:
+        result["receive"] = {f"mtu_{mtu}": receive(pair, arguments.rounds, mtu) for mtu in FRAMES}
+    if "loss" in chosen:
+        result["loss"] = loss(pair, arguments.rounds)
+    if "end_to_end" in chosen:
+        result["end_to_end"], memory = end_to_end(arguments)
+        result["memory"] = memory_report(memory)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['cpu']}-{result['machine']['cpus']}-cpus".lower()).strip("-")
     folder = ROOT / "perf/results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not arguments.only:
+        (folder / f"{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(result))
     else:

@@ -55,6 +55,12 @@ pub(crate) struct RxFlags {
     /// Packets that may be asked for and not have arrived
     #[arg(long, value_name = "PACKETS", default_value_t = 1024)]
     window: u32,
+    /// Rate of the link in Gbit/s [default: it is measured]
+    #[arg(long, value_name = "GBPS")]
+    link_gbps: Option<u32>,
+    /// Delay beyond the least round trip that is not taken for a queue, in microseconds
+    #[arg(long, value_name = "US", default_value_t = DEFAULT_QUEUE_TOLERANCE_US)]
+    queue_tolerance_us: u64,
     #[command(flatten)]
     port: PortFlags,
     #[command(flatten)]
@@ -122,8 +128,8 @@ fn config(flags: &RxFlags) -> anyhow::Result<Config> {
         pages: flags.eal.pages(),
         compress_dev: None,
         window_segments: Some(flags.window),
-        link_mbps: 0,
-        queue_tolerance: Duration::from_micros(DEFAULT_QUEUE_TOLERANCE_US),
+        link_mbps: flags.link_gbps.unwrap_or(0) * 1000,
+        queue_tolerance: Duration::from_micros(flags.queue_tolerance_us),
         schedule: protocol::Schedule::default(),
         max_fetches: 4,
         max_chunks: 2048,

@@ -99,6 +99,7 @@ pub fn receive_only(
         packets: link_counters.rx_packets.get(),
         bytes: link_counters.rx_bytes.get(),
         segments: plane_counters.segments_accepted.get(),
+        encoded_bytes: plane_counters.encoded_bytes.get(),
         busy_ns: counters.busy_ns.get(),
     };
     let from = keep_fetching(&mut ends, wanted, stop, warm_up, &counted)?;
@@ -114,6 +115,7 @@ struct Counted {
     packets: u64,
     bytes: u64,
     segments: u64,
+    encoded_bytes: u64,
     busy_ns: u64,
 }
 
@@ -126,6 +128,7 @@ impl Counted {
             "packets": until.packets - self.packets,
             "bytes": until.bytes - self.bytes,
             "segments": until.segments - self.segments,
+            "encoded_bytes": until.encoded_bytes - self.encoded_bytes,
             "busy_ns": until.busy_ns - self.busy_ns,
             "dropped": link.dropped.to_json(),
         })

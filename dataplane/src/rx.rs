@@ -14,6 +14,7 @@ use protocol::put::OfferTo;
 use protocol::reason::DropReason;
 use protocol::time::Instant;
 use protocol::wire::icmp::{Cause, PathError};
+use protocol::wire::message;
 use protocol::{
     Accepted, Event, FetchEngine, FetchId, FetchOutcome, LookupId, Sources, StoreIndex, TransferId, Verdict,
 };
@@ -149,37 +150,29 @@ impl Stage for RxStage {
 impl RxStage {
     fn receive(&mut self, now_ns: u64) -> usize {
         let Self { queue, ports, stores, link, engine, paths, rings, planes, counters, offers, .. } = self;
-        let link_counters: Arc<LinkCounters> = Arc::clone(link.counters());
+        let now = Instant::from_nanos(now_ns);
         link.receive(now_ns, |datagram| {
-            let Some(store) = store_of(stores, (datagram.from.ip, datagram.from.port)) else {
-                return link_counters.dropped.add(DropReason::UnknownPeer);
-            };
-            let result = match ports.queue(usize::from(store.0), datagram.to_port) {
-                Some(owner) if owner == *queue && Paths::takes(datagram.mbuf.data()) => {
-                    let now = Instant::from_nanos(now_ns);
-                    let tell = |store, bytes| set_segment_bytes(engine, offers, store, bytes);
-                    let answered = paths.handle_datagram(now, store, datagram.mbuf.data(), tell);
-                    answered.inspect(|()| counters.control_accepted.add(1))
-                }
-                Some(owner) if owner == *queue && offers.takes(datagram.mbuf.data()) => {
-                    let now = Instant::from_nanos(now_ns);
-                    take_offer(offers, counters, now, (store, datagram.from), datagram.mbuf.data())
-                }
-                Some(owner) if owner == *queue => {
-                    let from = (store, datagram.marked);
-                    planes.take_datagram(engine, counters, now_ns, from, datagram.mbuf)
-                }
-                Some(owner) => {
-                    counters.misdirected.add(1);
-                    let what = Stray::From(store, datagram.marked);
-                    pass_on(&rings.strays_of[usize::from(owner)], what, datagram.mbuf)
-                        .map_err(|()| DropReason::QueueFull)
-                }
-                None => Err(DropReason::ForeignPort),
-            };
-            if let Err(reason) = result {
-                link_counters.dropped.add(reason);
+            let from = (datagram.from.ip, datagram.from.port);
+            let store = store_of(stores, from).ok_or(DropReason::UnknownPeer)?;
+            let owner = ports.queue(usize::from(store.0), datagram.to_port).ok_or(DropReason::ForeignPort)?;
+            if owner != *queue {
+                counters.misdirected.add(1);
+                let what = Stray::From(store, datagram.marked);
+                return pass_on(&rings.strays_of[usize::from(owner)], what, datagram.mbuf)
+                    .map_err(|()| DropReason::QueueFull);
             }
+            let payload = datagram.mbuf.data();
+            if !message::is_data(payload) {
+                if Paths::takes(payload) {
+                    let tell = |store, bytes| set_segment_bytes(engine, offers, store, bytes);
+                    let answered = paths.handle_datagram(now, store, payload, tell);
+                    return answered.inspect(|()| counters.control_accepted.add(1));
+                }
+                if offers.takes(payload) {
+                    return take_offer(offers, counters, now, (store, datagram.from), payload);
+                }
+            }
+            planes.take_datagram(engine, counters, now_ns, (store, datagram.marked), datagram.mbuf)
         })
     }
 

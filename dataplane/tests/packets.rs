@@ -285,8 +285,8 @@ fn random_mischief(lab: &mut Lab, libraries: &[Library]) {
 
 /// Everything that can happen to a packet at this end did, and most of it was predicted exactly.
 fn check_coverage(lab: &Lab) {
-    // One store and one queue: nothing comes from the wrong store or to a full queue.
-    let cannot = [DropReason::WrongStore, DropReason::QueueFull];
+    // One store, one queue, buffers enough: nothing comes from the wrong store, to a full queue, or finds no room.
+    let cannot = [DropReason::WrongStore, DropReason::QueueFull, DropReason::NoBuffer];
     for &reason in DropReason::ALL.iter().filter(|reason| !cannot.contains(reason)) {
         let times = lab.totals.get(&Fates::dropped(reason)).copied().unwrap_or(0);
         assert!(times > 10, "{} happened {times} times", reason.name());

@@ -24,12 +24,14 @@
 #include <rte_alarm.h>
 #include <rte_interrupts.h>
 
-#define SLOTS 256
+/* One for each direction of each queue of each port: a memif has at most 255. */
+#define SLOTS (RTE_MAX_ETHPORTS * 512)
 #define RETRY_US 100000
 /* Times RETRY_US that a peer which answered has to finish the handshake. */
 #define PATIENCE 5
 
-/* Lcores inside a burst. Queues are spread over the slots; two that share one do no harm. */
+/* Whether a lcore is inside a burst. A queue's direction is one thread's, so that a plain store is enough to leave: a locked instruction waits
+ * until all that was copied into the shared memory has left the core. */
 static struct {
 	_Alignas(64) unsigned int inside;
 } slots[SLOTS];
@@ -43,19 +45,19 @@ static unsigned int patience[RTE_MAX_ETHPORTS];
 
 static inline unsigned int slot_of(uint16_t port, uint16_t queue, unsigned int direction)
 {
-	return (port * 32u + queue * 2u + direction) % SLOTS;
+	return (port * 512u + queue * 2u + direction) % SLOTS;
 }
 
 static inline bool enter(uint16_t port, unsigned int slot)
 {
-	__atomic_fetch_add(&slots[slot].inside, 1, __ATOMIC_SEQ_CST);
+	__atomic_exchange_n(&slots[slot].inside, 1, __ATOMIC_SEQ_CST);
 	if (!__atomic_load_n(&closed[port], __ATOMIC_SEQ_CST) && __atomic_load_n(&waiting, __ATOMIC_SEQ_CST) == 0)
 		return true;
-	__atomic_fetch_sub(&slots[slot].inside, 1, __ATOMIC_RELEASE);
+	__atomic_store_n(&slots[slot].inside, 0, __ATOMIC_RELEASE);
 	return false;
 }
 
-static inline void leave(unsigned int slot) { __atomic_fetch_sub(&slots[slot].inside, 1, __ATOMIC_RELEASE); }
+static inline void leave(unsigned int slot) { __atomic_store_n(&slots[slot].inside, 0, __ATOMIC_RELEASE); }
 
 static void wait_for_lcores(void)
 {

@@ -99,11 +99,16 @@ uint16_t shim_pool_data_room(struct rte_mempool *pool) { return rte_pktmbuf_data
 
 static void count_detached(void *start, void *detached)
 {
+	struct shim_detached *count = detached;
 	(void)start;
-	__atomic_add_fetch((uint64_t *)detached, 1, __ATOMIC_RELEASE);
+	/* Nearly always it is the lcore that attached them: a locked instruction would wait until the packet has been copied. */
+	if (count->lcore == rte_lcore_id() && count->lcore != LCORE_ID_ANY)
+		__atomic_store_n(&count->own, __atomic_load_n(&count->own, __ATOMIC_RELAXED) + 1, __ATOMIC_RELEASE);
+	else
+		__atomic_add_fetch(&count->others, 1, __ATOMIC_RELEASE);
 }
 
-struct rte_mbuf *shim_external_attach(struct rte_mempool *pool, void *start, rte_iova_t iova, uint16_t length, uint64_t *detached)
+struct rte_mbuf *shim_external_attach(struct rte_mempool *pool, void *start, rte_iova_t iova, uint16_t length, struct shim_detached *detached)
 {
 	struct rte_mbuf *mbuf = rte_pktmbuf_alloc(pool);
 	if (mbuf == NULL)

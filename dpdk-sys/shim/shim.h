@@ -18,6 +18,7 @@
 #include <rte_ring.h>
 #include <rte_mempool.h>
 #include <rte_mbuf.h>
+#include <rte_mbuf_pool_ops.h>
 #include <rte_ether.h>
 #include <rte_ethdev.h>
 #include <rte_eth_ring.h>
@@ -68,8 +69,15 @@ void shim_mbuf_free(struct rte_mbuf *mbuf);
 int shim_mbuf_chain(struct rte_mbuf *head, struct rte_mbuf *tail);
 uint16_t shim_pool_data_room(struct rte_mempool *pool);
 /* An mbuf of a pool without buffers and with a struct rte_mbuf_ext_shared_info of private area each, that is `length` bytes of external memory.
- * Adds 1 to `detached` when it is freed. NULL when the pool is empty. */
-struct rte_mbuf *shim_external_attach(struct rte_mempool *pool, void *start, rte_iova_t iova, uint16_t length, uint64_t *detached);
+ * Is counted in `detached` when it is freed. NULL when the pool is empty. */
+struct shim_detached {
+	/* Those that lcore `lcore` freed, which alone writes this; and those that others did. */
+	uint64_t own;
+	uint64_t others;
+	/* Only to be changed while none is out. */
+	uint32_t lcore;
+};
+struct rte_mbuf *shim_external_attach(struct rte_mempool *pool, void *start, rte_iova_t iova, uint16_t length, struct shim_detached *detached);
 
 /* Notes that memory is a dma-buf too, from its first byte on; -ENOSPC if too many are noted. The descriptor stays open until it is forgotten. */
 int shim_dma_buf_note(const void *start, size_t bytes, int fd);

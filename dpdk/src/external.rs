@@ -6,7 +6,7 @@
 //! [`Attacher`] knows when the memory's owner may go.
 
 use std::fmt;
-use std::mem::ManuallyDrop;
+use std::mem::{ManuallyDrop, offset_of};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -229,13 +229,32 @@ pub struct Attacher<M> {
 struct Lease<M> {
     owner: Option<Arc<M>>,
     attached: u64,
-    /// Mbufs that came back.
-    detached: AtomicU64,
+    detached: Detached,
 }
+
+/// Mbufs that came back, as `shim_external_attach` counts them.
+#[derive(Default)]
+#[repr(C)]
+struct Detached {
+    /// Those that lcore `lcore` freed, which writes them without a lock.
+    own: AtomicU64,
+    /// Those that were freed elsewhere.
+    others: AtomicU64,
+    /// Written only while none is out.
+    lcore: u32,
+}
+
+const _: () = {
+    use dpdk_sys::shim_detached;
+    assert!(size_of::<Detached>() == size_of::<shim_detached>(), "the same struct");
+    assert!(offset_of!(Detached, others) == offset_of!(shim_detached, others), "the same struct");
+    assert!(offset_of!(Detached, lcore) == offset_of!(shim_detached, lcore), "the same struct");
+};
 
 impl<M> Lease<M> {
     fn in_flight(&self) -> u64 {
-        self.attached - self.detached.load(Ordering::Acquire)
+        let Detached { own, others, .. } = &self.detached;
+        self.attached - own.load(Ordering::Acquire) - others.load(Ordering::Acquire)
     }
 }
 
@@ -251,7 +270,7 @@ impl<M: AsRef<[u8]> + Send + Sync + 'static> Attacher<M> {
         mbufs: u32,
         owners: usize,
     ) -> Result<Self, PoolError> {
-        let lease = || Box::new(Lease { owner: None, attached: 0, detached: AtomicU64::new(0) });
+        let lease = || Box::new(Lease { owner: None, attached: 0, detached: Detached::default() });
         Ok(Self {
             memory: ManuallyDrop::new(memory.clone()),
             pool: Pool::without_buffers(eal, name, mbufs)?,
@@ -270,7 +289,7 @@ impl<M: AsRef<[u8]> + Send + Sync + 'static> Attacher<M> {
         let device_address = self.memory.inner.device_address(bytes)?;
         let start = bytes.as_ptr().cast_mut().cast();
         let lease = self.lease(owner)?;
-        let detached = std::ptr::from_ref::<AtomicU64>(&lease.detached).cast_mut().cast();
+        let detached = std::ptr::from_ref::<Detached>(&lease.detached).cast_mut().cast();
         lease.attached += 1;
         let pool = self.pool.raw();
         // SAFETY: the bytes were borrowed from what an Arc points to, of which the lease keeps a clone: it is neither moved, nor borrowed
@@ -293,7 +312,10 @@ impl<M: AsRef<[u8]> + Send + Sync + 'static> Attacher<M> {
             let held = self.leases.iter().position(|lease| is_its(lease));
             let found = held.or_else(|| {
                 let free = self.leases.iter().position(|lease| lease.in_flight() == 0)?;
-                self.leases[free].owner = Some(Arc::clone(owner));
+                let lease = &mut self.leases[free];
+                lease.owner = Some(Arc::clone(owner));
+                // SAFETY: reads a thread-local variable.
+                lease.detached.lcore = unsafe { dpdk_sys::shim_lcore_id() };
                 Some(free)
             });
             self.current = found?;

@@ -18,6 +18,7 @@ mod compress_error;
 mod compress_memory;
 mod compress_op;
 mod compress_queue;
+mod cycles;
 mod device_memory;
 mod drivers;
 mod eal;
@@ -45,6 +46,7 @@ pub use compress_caps::{CompressAlgorithm, CompressCapabilities, CompressCapabil
 pub use compress_error::{CompressError, OpError, Unfit};
 pub use compress_op::{CompressOp, Rejected};
 pub use compress_queue::CompressQueue;
+pub use cycles::{cycles, cycles_hz};
 pub use device_memory::{DEVICE_PAGE_BYTES, DeviceBuffer, DeviceMemory, DevicePool};
 pub use drivers::{drivers, isal_available, version};
 pub use eal::{AttachError, Eal};

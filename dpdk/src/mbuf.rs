@@ -232,6 +232,33 @@ impl Mbuf {
         self.checksum(dpdk_sys::RTE_MBUF_F_RX_L4_CKSUM_GOOD, dpdk_sys::RTE_MBUF_F_RX_L4_CKSUM_BAD)
     }
 
+    /// Takes over what the device found about the checksums of `other`, whose bytes this packet has.
+    #[inline]
+    pub fn copy_checksum_flags(&mut self, other: &Self) {
+        const FLAGS: u64 = dpdk_sys::RTE_MBUF_F_RX_IP_CKSUM_GOOD
+            | dpdk_sys::RTE_MBUF_F_RX_IP_CKSUM_BAD
+            | dpdk_sys::RTE_MBUF_F_RX_L4_CKSUM_GOOD
+            | dpdk_sys::RTE_MBUF_F_RX_L4_CKSUM_BAD;
+        let found = field!(other.raw, SHIM_MBUF_OL_FLAGS as u64) & FLAGS;
+        let flags = field!(self.raw, SHIM_MBUF_OL_FLAGS as u64) & !FLAGS;
+        field!(self.raw, SHIM_MBUF_OL_FLAGS as u64 = flags | found);
+    }
+
+    /// Has the CPU fetch the packet's first bytes, its headers, into its cache.
+    #[inline]
+    pub fn prefetch(&self) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let data = self.data().as_ptr().cast::<i8>();
+            // SAFETY: a prefetch reads nothing that the program could see, whatever the address.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(data);
+                _mm_prefetch::<_MM_HINT_T0>(data.wrapping_add(64));
+            }
+        }
+    }
+
     /// The hash by which the device chose the receive queue; 0 if it does not say.
     #[inline]
     #[must_use]

@@ -51,13 +51,15 @@ const IDLE_LOOPS_BEFORE_NAP: u32 = 2_000;
 /// Polls `stages` in turn until told to stop.
 pub fn run(stages: &mut [Box<dyn Stage>], control: &LcoreControl, counters: &LcoreCounters) {
     let mut idle_in_a_row = 0_u32;
+    let mut now_ns = control.clock.now_ns();
     while !control.stop.load(Relaxed) {
-        let now_ns = control.clock.now_ns();
         let work: usize = stages.iter_mut().map(|stage| stage.poll(now_ns)).sum();
         if work > 0 {
             idle_in_a_row = 0;
+            let end_ns = control.clock.now_ns();
             counters.busy_loops.add(1);
-            counters.busy_ns.add(control.clock.now_ns() - now_ns);
+            counters.busy_ns.add(end_ns.saturating_sub(now_ns));
+            now_ns = end_ns;
             continue;
         }
         counters.idle_loops.add(1);
@@ -67,5 +69,6 @@ pub fn run(stages: &mut [Box<dyn Stage>], control: &LcoreControl, counters: &Lco
         } else {
             std::hint::spin_loop();
         }
+        now_ns = control.clock.now_ns();
     }
 }

@@ -77,6 +77,8 @@ pub struct LinkCounters {
     pub rx_neighbour: Counter,
     /// ICMP errors about packets of ours.
     pub rx_icmp: Counter,
+    /// Frames received in several buffers, and copied into one.
+    pub rx_gathered: Counter,
     /// Frames sent.
     pub tx_packets: Counter,
     /// Bytes of those frames.
@@ -130,6 +132,7 @@ impl LinkCounters {
             "rx_marked": self.rx_marked.get(),
             "rx_neighbour": self.rx_neighbour.get(),
             "rx_icmp": self.rx_icmp.get(),
+            "rx_gathered": self.rx_gathered.get(),
             "tx_packets": self.tx_packets.get(),
             "tx_bytes": self.tx_bytes.get(),
             "tx_nombuf": self.tx_nombuf.get(),
@@ -372,35 +375,45 @@ impl Link {
         &self.counters
     }
 
-    /// Receives one burst and hands each datagram for us to `deliver`; neighbours' packets go to their table, errors
-    /// to [`Link::take_path_error`]. Returns the number of frames received.
+    /// Receives one burst and hands each datagram for us to `deliver`, which says why it drops those that it does not take;
+    /// neighbours' packets go to their table, errors to [`Link::take_path_error`]. Returns the number of frames received.
     #[inline]
-    pub fn receive(&mut self, now_ns: u64, mut deliver: impl FnMut(Datagram)) -> usize {
+    pub fn receive(
+        &mut self,
+        now_ns: u64,
+        mut deliver: impl FnMut(Datagram) -> Result<(), DropReason>,
+    ) -> usize {
         let received = self.rx.receive(&mut self.received);
         if received == 0 {
             return 0;
         }
+        self.received.iter().for_each(Mbuf::prefetch);
         let now = Instant::from_nanos(now_ns);
-        self.counters.rx_packets.add(received as u64);
+        let (mut bytes, mut datagrams) = (0, 0);
         while let Some(mbuf) = self.received.pop_front() {
-            self.counters.rx_bytes.add(mbuf.total_bytes() as u64);
-            match self.accept(now, mbuf) {
+            bytes += mbuf.total_bytes() as u64;
+            let taken = match self.accept(now, mbuf) {
                 Ok(Some(datagram)) => {
-                    self.counters.rx_datagrams.add(1);
-                    deliver(datagram);
+                    datagrams += 1;
+                    deliver(datagram)
                 }
-                Ok(None) => {}
-                Err(reason) => self.counters.dropped.add(reason),
+                Ok(None) => Ok(()),
+                Err(reason) => Err(reason),
+            };
+            if let Err(reason) = taken {
+                self.counters.dropped.add(reason);
             }
         }
+        self.counters.rx_packets.add(received as u64);
+        self.counters.rx_bytes.add(bytes);
+        self.counters.rx_datagrams.add(datagrams);
         received
     }
 
     #[inline]
     fn accept(&mut self, now: Instant, mut mbuf: Mbuf) -> Result<Option<Datagram>, DropReason> {
         if mbuf.segment_count() > 1 {
-            // Packets larger than a buffer: no queue is configured for them, so nobody we serve sends them.
-            return Err(DropReason::BadLength);
+            mbuf = self.gather(&mbuf)?;
         }
         let checks = HardwareChecks {
             ip_good: mbuf.ip_checksum() == Checksum::Good,
@@ -421,6 +434,22 @@ impl Link {
                 Ok(None)
             }
         }
+    }
+
+    /// A packet that came in several buffers, in one. Devices that fill a buffer before they begin the next do so only for packets that
+    /// no buffer of ours holds, which nobody sends us; others hand on the buffers that the sender chained (`net_ring`).
+    #[cold]
+    fn gather(&self, chain: &Mbuf) -> Result<Mbuf, DropReason> {
+        let mut whole = self.pool.alloc().ok_or(DropReason::NoBuffer)?;
+        let mut room = whole.append(chain.total_bytes()).ok_or(DropReason::BadLength)?;
+        for part in chain.segments() {
+            let (begin, rest) = room.split_at_mut_checked(part.len()).ok_or(DropReason::BadLength)?;
+            begin.copy_from_slice(part);
+            room = rest;
+        }
+        whole.copy_checksum_flags(chain);
+        self.counters.rx_gathered.add(1);
+        Ok(whole)
     }
 
     /// Of a neighbour, or of an error about a packet of ours.

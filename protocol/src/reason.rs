@@ -85,6 +85,8 @@ drop_reasons! {
     Duplicate = "duplicate",
     /// The store's queue of pending requests is full; the receiver will ask again.
     QueueFull = "queue_full",
+    /// No packet buffer was free to put a packet together that came in several.
+    NoBuffer = "no_buffer",
 }
 
 impl DropReason {

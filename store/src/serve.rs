@@ -53,17 +53,13 @@ impl ServeStage {
     fn receive(&mut self, now_ns: u64) -> usize {
         let Self { chunks, link, engine, intakes, counts, .. } = self;
         let now = Instant::from_nanos(now_ns);
-        let link_counters = Arc::clone(link.counters());
         link.receive(now_ns, |datagram| {
             counts.datagrams.add(1);
             let payload = datagram.mbuf.data();
-            let taken = if AcceptEngine::takes(payload) {
+            if AcceptEngine::takes(payload) {
                 intakes.take(now, datagram.from, payload, chunks)
             } else {
                 engine.handle_datagram(now, datagram.from, payload, chunks.as_ref())
-            };
-            if let Err(reason) = taken {
-                link_counters.dropped.add(reason);
             }
         })
     }
@@ -82,9 +78,10 @@ impl ServeStage {
         }
         // Consecutive segments are mostly of one chunk. It is let go below, so that an evicted one is soon free.
         let mut held: Option<Arc<Chunk>> = None;
+        let mut intakes_wait = intakes.wants_to_send();
         let mut write = |buffer: &mut [u8]| {
             // What is asked for on behalf of others' saves is small, and goes first.
-            if let Some((to, payload_bytes)) = intakes.poll_transmit(now, buffer) {
+            if intakes_wait && let Some((to, payload_bytes)) = intakes.poll_transmit(now, buffer) {
                 return Some(Outgoing {
                     from_port: *udp_port,
                     to,
@@ -94,6 +91,7 @@ impl ServeStage {
                     covered: false,
                 });
             }
+            intakes_wait = false;
             loop {
                 let transmit = engine.poll_transmit(now, buffer)?;
                 let (mut payload_bytes, mut tail) = (transmit.header_bytes, None);

@@ -73,6 +73,7 @@ pub(crate) fn check_counters(name: &str, before: &Value, after: &Value, sums: &S
     let more = |counter: &str| count(new, counter) - count(old, counter);
     assert_eq!(more("rx_packets"), sums.packets, "{name}");
     assert_eq!(more("rx_bytes"), sums.bytes, "{name}");
+    assert_eq!(more("rx_gathered"), sums.split, "{name}");
     assert_eq!(more("rx_datagrams"), sums.datagrams, "{name}");
     assert_eq!(more("tx_packets"), received, "{name}");
     assert_eq!(more("misdirected"), 0, "{name}");

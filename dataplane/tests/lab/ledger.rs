@@ -85,6 +85,8 @@ struct Request {
 pub(crate) struct Sums {
     pub(crate) packets: u64,
     pub(crate) bytes: u64,
+    /// Packets in two buffers.
+    pub(crate) split: u64,
     /// Packets that carry a datagram for one of the ports.
     pub(crate) datagrams: u64,
     pub(crate) fates: HashMap<Fates, u64>,
@@ -188,15 +190,14 @@ impl Ledger {
     pub(crate) fn sent(&mut self, frame: &Frame, library: &Library) -> Fates {
         self.sums.packets += 1;
         self.sums.bytes += frame.bytes.len() as u64;
+        self.sums.split += u64::from(frame.split.is_some());
         let fates = self.predict(frame, library);
         *self.sums.fates.entry(fates).or_default() += 1;
         fates
     }
 
     fn predict(&mut self, frame: &Frame, library: &Library) -> Fates {
-        if frame.split.is_some() {
-            return Fates::dropped(DropReason::BadLength);
-        }
+        // One that comes in two buffers is put together, and is then like any other.
         let (from, payload) = match frame::parse(&frame.bytes, &self.plane, HardwareChecks::default()) {
             Err(reason) => return Fates::dropped(reason),
             Ok(Incoming::Datagram { from, payload, .. }) => (from, payload),

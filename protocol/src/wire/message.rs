@@ -343,6 +343,12 @@ pub fn quoted(quote: &[u8]) -> Option<Quoted> {
     })
 }
 
+/// Whether a payload says that it is a DATA message.
+#[inline]
+pub fn is_data(payload: &[u8]) -> bool {
+    payload.get(5) == Some(&(MessageType::Data as u8))
+}
+
 #[inline(always)]
 const fn common(kind: MessageType) -> [u8; COMMON_BYTES] {
     [MAGIC[0], MAGIC[1], MAGIC[2], MAGIC[3], VERSION, kind as u8, 0, 0]
