@@ -107,6 +107,8 @@ pub(crate) struct Ledger {
     /// Chunks that the data plane may give up because of what it decodes.
     shaky: HashSet<u32>,
     is_fetching: bool,
+    /// The store's, as its last LOOKUP_REPLY said; 0 before the first.
+    epoch: u64,
     pub(crate) sums: Sums,
 }
 
@@ -120,6 +122,7 @@ impl Ledger {
             stopped: HashSet::new(),
             shaky: HashSet::new(),
             is_fetching: false,
+            epoch: 0,
             sums: Sums::default(),
         }
     }
@@ -230,7 +233,22 @@ impl Ledger {
                     return Fates::dropped(DropReason::BadLength);
                 }
                 request.answered = true;
+                self.learn_epoch(reply.epoch);
                 Fates::CONTROL
+            }
+        }
+    }
+
+    /// In a new epoch the data plane looks up again whatever it was pulling.
+    fn learn_epoch(&mut self, epoch: u64) {
+        let before = std::mem::replace(&mut self.epoch, epoch);
+        if before == epoch || before == 0 {
+            return;
+        }
+        for tag in self.tags.values_mut() {
+            self.stopped.insert(tag.range.handle);
+            if tag.phase == Phase::Receiving {
+                tag.phase = Phase::Gone;
             }
         }
     }
