@@ -33,7 +33,8 @@ def parse_arguments():
     parser.add_argument("--seconds", type=int, default=2, help="of each round of receiving [2]")
     parser.add_argument("--repeat", type=int, default=30, help="most fetches in each round end to end [30]")
     parser.add_argument("--fetch-mib", type=int, default=512, help="most MiB of KV fetched in each round end to end [512]")
-    parser.add_argument("--cpus", default="0,1", help="receiver's CPU, sender's CPU and, if there is one, the fault proxy's [0,1]")
+    parser.add_argument("--cpus", default="0,1,2" if os.cpu_count() > 2 else "0,1",
+                        help="receiver's CPU, sender's CPU and, if there is one, the fault proxy's [0,1 and, of more than two, 2]")
     parser.add_argument("--only", choices=("receive", "loss", "end_to_end"), action="append", help="measure this alone; may be repeated [all]")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
     return parser.parse_args()

@@ -65,7 +65,7 @@ pub enum ZeroCopy {
 
 /// Drivers for which a second buffer per packet is no gain. All but `net_ring` copy what they send into memory of their own in
 /// any case (`docs/BENCHMARKS.md` has memif's figures); `net_ring` hands the buffers themselves to the receiver, and a data
-/// plane takes packets of one.
+/// plane copies packets of several into one.
 const DRIVERS_WITHOUT_DMA: [&str; 7] =
     ["net_memif", "net_af_packet", "net_af_xdp", "net_tap", "net_pcap", "net_vhost", "net_ring"];
 
