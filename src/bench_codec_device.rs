@@ -22,10 +22,10 @@ pub(crate) struct PlaneBytes<'a> {
 
 /// An open device and the packets for it.
 pub(crate) struct Device {
-    dev: CompressDev,
-    pool: Pool,
-    /// For each thread.
+    /// For each thread. First, so that packets and ops are back before their pool and the device go.
     pub(crate) queues: Vec<DeviceQueue>,
+    pool: Pool,
+    dev: CompressDev,
 }
 
 /// A queue pair, with packets of every plane.
@@ -60,9 +60,10 @@ impl Device {
         };
         let (dev, queues) = CompressDev::open(eal, name, &config)?;
         let pool = PoolConfig { mbufs: 131_071, cache: 0, ..PoolConfig::default() };
-        let pool = Pool::new(eal, "bench", pool).context("memory for packets; give DPDK more hugepages")?;
+        let pool = Pool::new(eal, &format!("bench_{name}"), pool)
+            .context("memory for packets; give DPDK more hugepages")?;
         let queues = queues.into_iter().map(|queue| DeviceQueue { queue, planes: Vec::new() }).collect();
-        Ok(Self { dev, pool, queues })
+        Ok(Self { queues, pool, dev })
     }
 
     /// Makes packets of the planes, for every queue; returns how many planes the device takes.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use protocol::wire::icmp::QUOTE_BYTES;
 use protocol::wire::message::MAX_CONTROL_BYTES;
 use protocol::{
     Accepted, ChunkShape, Event, FetchConfig, FetchEngine, FetchId, FetchOutcome, Instant, Key, LookupId,
@@ -74,6 +75,8 @@ struct World {
     answers: VecDeque<(u16, Vec<u8>)>,
     /// What was said lately, to be said again.
     said: VecDeque<(u16, Vec<u8>)>,
+    /// What was asked for lately.
+    asked: VecDeque<Vec<u8>>,
     kept: BTreeMap<usize, Kept>,
     /// Planes that wait for their verdict.
     arrived: Vec<(TransferId, FetchId, u32, u16)>,
@@ -84,7 +87,7 @@ struct World {
     cut_off: bool,
 }
 
-/// A script: fetches begun and cancelled, answers handed over, lost, damaged, repeated or made up, time, verdicts. Whatever it says, memory stays within
+/// A script: fetches begun and cancelled, answers handed over, lost, damaged, repeated or made up, ICMP errors, time, verdicts. Whatever it says, memory stays within
 /// the budgets, counters add up, every fetch ends once and names what it did not bring, and with the last nothing is left.
 pub(crate) fn fetch(data: &[u8]) {
     let mut input = Input(data);
@@ -129,6 +132,7 @@ impl World {
             now: 1,
             answers: VecDeque::new(),
             said: VecDeque::new(),
+            asked: VecDeque::new(),
             kept: BTreeMap::new(),
             arrived: Vec::new(),
             fetches: BTreeMap::new(),
@@ -176,8 +180,17 @@ impl World {
             }
             12 => self.forge(input),
             13 => {
-                let store = StoreIndex(u16::from(input.byte()) % STORES);
-                self.engine.set_segment_bytes(store, input.u16());
+                let choice = input.byte();
+                let store = StoreIndex(u16::from(choice & 1) % STORES);
+                if choice & 2 == 0 {
+                    self.engine.set_segment_bytes(store, input.u16());
+                } else if let Some(mut quote) = self.asked.get(input.below(self.asked.len())).cloned() {
+                    // An ICMP error says that a store cannot be reached, and quotes what was sent to it.
+                    quote.truncate(QUOTE_BYTES);
+                    input.damage(&mut quote);
+                    let now = self.now();
+                    self.engine.handle_unreachable(now, store, &quote);
+                }
             }
             14 => {
                 let at = self.engine.poll_timeout().map_or(self.now, Instant::nanos);
@@ -307,6 +320,10 @@ impl World {
     }
 
     fn at_store(&mut self, store: u16, request: &[u8]) {
+        self.asked.push_back(request.to_vec());
+        if self.asked.len() > 8 {
+            self.asked.pop_front();
+        }
         let now = self.now();
         let Store { engine, library, .. } = &mut self.stores[usize::from(store)];
         let _ = engine.handle_datagram(now, peer(0), request, library);
