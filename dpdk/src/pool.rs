@@ -34,7 +34,7 @@ impl Default for PoolConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
     /// DPDK's names are short and unique.
-    #[error("pool name {0:?} must be 1 to 25 bytes long without NUL")]
+    #[error("pool name {0:?} must be 1 to 24 bytes long without NUL")]
     BadName(String),
     /// The name is taken.
     #[error("there is already a pool named {0:?}")]
@@ -244,8 +244,8 @@ fn is_plain_memory_best() -> bool {
 
 pub(crate) fn check(name: &str, config: &PoolConfig) -> Result<(), PoolError> {
     let bad = |what: String| Err(PoolError::BadConfig { name: name.to_owned(), what });
-    // RTE_MEMPOOL_NAMESIZE less the prefix that the ring inside adds.
-    if name.is_empty() || name.len() > 25 {
+    // RTE_STACK_NAMESIZE less the prefix of mempools and a NUL; a ring would take one byte more.
+    if name.is_empty() || name.len() > 24 {
         return Err(PoolError::BadName(name.to_owned()));
     }
     if config.mbufs == 0 {

@@ -185,7 +185,7 @@ fn limits_of_pools_and_mbufs_are_told() {
     let config = PoolConfig { mbufs: 31, cache: 0, ..PoolConfig::default() };
     assert!(matches!(error("limits", config), PoolError::Exists(_)));
     assert!(matches!(error("", config), PoolError::BadName(_)));
-    assert!(matches!(error(&"x".repeat(26), config), PoolError::BadName(_)));
+    assert!(matches!(error(&"x".repeat(25), config), PoolError::BadName(_)));
     assert!(matches!(error("zero", PoolConfig { mbufs: 0, ..config }), PoolError::BadConfig { .. }));
     assert!(matches!(error("cache", PoolConfig { cache: 21, ..config }), PoolError::BadConfig { .. }));
     assert!(matches!(
@@ -194,7 +194,7 @@ fn limits_of_pools_and_mbufs_are_told() {
     ));
     let huge = error("huge", PoolConfig { mbufs: 1 << 20, ..config });
     assert!(matches!(huge, PoolError::NoMemory { mib: 2368, .. }), "{huge}");
-    let fits = Pool::new(eal, &"x".repeat(25), config);
+    let fits = Pool::new(eal, &"x".repeat(24), config);
     assert!(fits.is_ok(), "{fits:?}");
 }
 
