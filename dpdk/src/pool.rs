@@ -120,19 +120,17 @@ impl Pool {
 
     fn create(eal: &Eal, name: &str, config: PoolConfig, private_bytes: u16) -> Result<Self, PoolError> {
         let c_name = CString::new(name).map_err(|_| PoolError::BadName(name.to_owned()))?;
-        let stack = if is_plain_memory_best() { c"stack" } else { c"" };
         let node =
             config.numa_node.map_or(dpdk_sys::SOCKET_ID_ANY, |node| i32::try_from(node).unwrap_or(i32::MAX));
         // SAFETY: the environment is up; the name is a C string that is copied.
         let raw = unsafe {
-            dpdk_sys::rte_pktmbuf_pool_create_by_ops(
+            dpdk_sys::rte_pktmbuf_pool_create(
                 c_name.as_ptr(),
                 config.mbufs,
                 config.cache,
                 private_bytes,
                 config.data_room_bytes,
                 node,
-                if stack.is_empty() { std::ptr::null() } else { stack.as_ptr() },
             )
         };
         Self::adopt(eal, name, config, raw, None)
@@ -234,17 +232,9 @@ impl Drop for PoolInner {
     }
 }
 
-/// Whether no device of this machine has a memory of its own for mbufs. Then pools are stacks: DPDK's default, a ring, hands out the mbuf that
-/// has been back for longest, so that every packet is written to memory that no cache holds.
-fn is_plain_memory_best() -> bool {
-    // SAFETY: a constant string, or one that is set before the first pool is made.
-    let best = unsafe { std::ffi::CStr::from_ptr(dpdk_sys::rte_mbuf_best_mempool_ops()) };
-    best == c"ring_mp_mc"
-}
-
 pub(crate) fn check(name: &str, config: &PoolConfig) -> Result<(), PoolError> {
     let bad = |what: String| Err(PoolError::BadConfig { name: name.to_owned(), what });
-    // RTE_STACK_NAMESIZE less the prefix of mempools and a NUL; a ring would take one byte more.
+    // RTE_STACK_NAMESIZE less the prefix of mempools and a NUL, should one be a stack; a ring would take one byte more.
     if name.is_empty() || name.len() > 24 {
         return Err(PoolError::BadName(name.to_owned()));
     }
