@@ -505,14 +505,17 @@ impl Inner {
             out_dtype,
             streaming,
         };
-        dequantize::dequantize(isa, &job, row, out);
-        // Scales were checked with the largest code. Codes beyond it mean nothing, but there are bits for them.
+        // Scales were checked with the largest code. Codes beyond it mean nothing, but there are bits for them: their
+        // elements may be infinite, and so may products whose sums with the offset are not. Only plain loops then
+        // give what the format says: kernels that fuse the two count on exact products.
         let most = f32::from(parts.codes.packing.largest_code());
         let may_overflow = |(scale, offset): (&f32, &f32)| (most * scale + offset).abs() > BF16_MAX;
-        if entry.codec == Codec::CacheGen
-            && matches!(out_dtype, OutDtype::Bf16)
-            && scales.iter().zip(offsets).any(may_overflow)
-        {
+        if entry.codec != Codec::CacheGen || !job.scales.iter().zip(job.offsets).any(may_overflow) {
+            dequantize::dequantize(isa, &job, row, out);
+            return Ok(());
+        }
+        dequantize::dequantize(Isa::Scalar, &Job { streaming: false, ..job }, row, out);
+        if matches!(out_dtype, OutDtype::Bf16) {
             make_finite(out);
         }
         Ok(())

@@ -367,8 +367,14 @@ fn section(section: &[u8], compression: Compression, expected_bytes: usize) -> R
     let mut bytes = vec![0; expected_bytes];
     let written = match compression {
         Compression::None => return Err(FrameError::Uncompressed { got_bytes, expected_bytes }),
-        Compression::Zstd => zstd_safe::decompress(&mut bytes[..], section)
-            .map_err(|code| FrameError::Zstd(zstd_safe::get_error_name(code)))?,
+        Compression::Zstd => {
+            let stated = zstd_safe::get_frame_content_size(section).ok().flatten();
+            if stated != Some(expected_bytes as u64) {
+                return Err(FrameError::ContentSize { got_bytes: stated, expected_bytes });
+            }
+            zstd_safe::decompress(&mut bytes[..], section)
+                .map_err(|code| FrameError::Zstd(zstd_safe::get_error_name(code)))?
+        }
         Compression::Deflate => {
             let result = libdeflater::Decompressor::new().deflate_decompress(section, &mut bytes);
             check_deflate(result, expected_bytes)?;

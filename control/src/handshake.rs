@@ -145,6 +145,9 @@ pub fn parse<'a, T: Deserialize<'a>>(datagram: &'a [u8]) -> Result<T, HandshakeE
     if theirs != VERSION {
         return Err(HandshakeError::Version { theirs });
     }
+    if kind != KIND_MESSAGE {
+        return Err(HandshakeError::Malformed(postcard::Error::DeserializeBadEncoding));
+    }
     match postcard::take_from_bytes(body).map_err(HandshakeError::Malformed)? {
         (message, []) => Ok(message),
         (_, _) => Err(HandshakeError::Malformed(postcard::Error::DeserializeBadEncoding)),
