@@ -148,6 +148,9 @@ impl std::fmt::Debug for Decoder {
     }
 }
 
+/// zstd's margin for decompression in place: a block, and some bytes for the frame and for each block.
+const IN_PLACE_MARGIN_BYTES: usize = 132 << 10;
+
 impl Decoder {
     /// A decoder for planes of at most `max_plane_bytes` decoded bytes.
     ///
@@ -186,6 +189,19 @@ impl Decoder {
     /// As [`Decoder::with_streaming_stores`], from the next plane on.
     pub fn set_streaming_stores(&mut self, streaming: bool) {
         self.inner.streaming = streaming;
+    }
+
+    /// Whether zstd sections are decompressed in the buffer that holds them, where the scratch has room for zstd's margin:
+    /// scratch grows by that. It is no faster; `docs/CODEC.md` has the measurement.
+    ///
+    /// # Panics
+    /// When memory runs out.
+    #[must_use]
+    pub fn with_in_place(mut self, in_place: bool) -> Self {
+        let margin = if in_place { IN_PLACE_MARGIN_BYTES } else { 0 };
+        self.inner.decompressed = vec![0xff; self.max_plane_bytes + margin];
+        self.inner.sections = self.inner.sections.with_in_place(in_place);
+        self
     }
 
     /// Bytes of memory the decoder holds: scratch and zstd context.

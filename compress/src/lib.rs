@@ -22,6 +22,7 @@ mod dtype;
 mod encoder;
 mod format;
 mod groups;
+mod in_place;
 mod isa;
 mod lossless;
 mod offload;

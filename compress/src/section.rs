@@ -8,6 +8,7 @@
 use libdeflater::{CompressionLvl, Compressor, DecompressionError, Decompressor};
 use zstd_safe::{CCtx, CParameter, DCtx, ErrorCode, ParamSwitch};
 
+use crate::in_place::InPlace;
 use crate::{Compression, Isa, SlicedError, sliced};
 
 /// First bytes of a zstd frame, RFC 8878.
@@ -203,6 +204,8 @@ fn zstd_context() -> Result<CCtx<'static>, &'static str> {
 pub struct SectionReader {
     isa: Isa,
     zstd: DCtx<'static>,
+    /// What decompresses zstd frames instead, if they are to be decompressed in place.
+    in_place: Option<InPlace>,
     deflate: Decompressor,
 }
 
@@ -228,7 +231,18 @@ impl SectionReader {
     /// When memory runs out.
     #[must_use]
     pub fn new() -> Self {
-        Self { isa: Isa::detect(), zstd: DCtx::create(), deflate: Decompressor::new() }
+        Self { isa: Isa::detect(), zstd: DCtx::create(), in_place: None, deflate: Decompressor::new() }
+    }
+
+    /// Whether zstd frames are copied to the end of the scratch and decompressed towards them, where it has room for
+    /// zstd's margin of 128 KiB and some bytes. It touches less memory, and is no faster: `docs/CODEC.md`.
+    ///
+    /// # Panics
+    /// When memory runs out.
+    #[must_use]
+    pub fn with_in_place(mut self, in_place: bool) -> Self {
+        self.in_place = in_place.then(InPlace::new);
+        self
     }
 
     /// Chooses the instruction set instead of taking the best that the CPU has.
@@ -240,7 +254,7 @@ impl SectionReader {
 
     /// Bytes of memory held.
     pub(crate) fn size(&self) -> usize {
-        self.zstd.sizeof() + DEFLATE_BYTES
+        self.zstd.sizeof() + self.in_place.as_ref().map_or(0, InPlace::size) + DEFLATE_BYTES
     }
 
     /// The `expected_bytes` bytes of a section: the section itself if stored, else decompressed into the front of
@@ -285,9 +299,12 @@ impl SectionReader {
         scratch: &mut [u8],
     ) -> Result<(), FrameError> {
         check_frame(section, expected_bytes)?;
+        let in_place = self.in_place.as_mut();
+        let in_place = in_place.and_then(|zstd| zstd.decompress(section, expected_bytes, scratch));
         // All of the scratch: zstd decodes literals behind the block's place if there is room for them, and otherwise
         // in two pieces, one of which it then moves: an eighth of its time. `docs/CODEC.md` has the measurement.
-        let written = self.zstd.decompress(scratch, section).map_err(zstd_error)?;
+        let written =
+            in_place.unwrap_or_else(|| self.zstd.decompress(scratch, section)).map_err(zstd_error)?;
         if written != expected_bytes {
             return Err(FrameError::ContentSize { got_bytes: Some(written as u64), expected_bytes });
         }

@@ -108,7 +108,7 @@ proptest! {
     #[test]
     fn every_plane_arrives_as_the_reference_says(
         (shape, planes) in chunks(), codec in codecs(), key: [u8; 32], level in -5_i32..6, segment_bytes in 1_usize..2000,
-        out_dtype in out_dtypes(),
+        out_dtype in out_dtypes(), in_place: bool,
     ) {
         prop_assume!(shape.head_dim.is_multiple_of(8) || !packs_eight(codec));
         let mut chunk = vec![1, 2, 3];
@@ -122,7 +122,7 @@ proptest! {
 
         let is_exact = codec.codec.is_exact();
         let out_dtype = if is_exact { shape.dtype.into() } else { out_dtype };
-        let mut decoder = Decoder::new(shape.plane_bytes());
+        let mut decoder = Decoder::new(shape.plane_bytes()).with_in_place(in_place);
         for (index, entry) in view.planes().enumerate() {
             let start = usize::try_from(entry.offset).unwrap();
             let encoded = &chunk[start..start + usize::try_from(entry.bytes).unwrap()];

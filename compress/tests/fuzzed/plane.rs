@@ -16,11 +16,12 @@ const GUARD_BYTES: usize = 64;
 pub(super) const MAX_PLANE_BYTES: usize = 2 * 24 * 3 * 64;
 
 thread_local! {
-    /// For each instruction set of this CPU one decoder for all inputs: what one leaves in it must not change what the next gives. The best comes first.
+    /// For each instruction set of this CPU one decoder for all inputs, and one that decompresses in place: what one leaves in it must not change what the next gives. The best comes first.
     static DECODERS: RefCell<Vec<Decoder>> = RefCell::new({
         let mut decoders: Vec<_> =
             Isa::supported().map(|isa| Decoder::new(MAX_PLANE_BYTES).with_isa(isa)).collect();
         decoders.reverse();
+        decoders.push(Decoder::new(MAX_PLANE_BYTES).with_in_place(true));
         decoders
     });
 }
