@@ -102,7 +102,7 @@ pub(crate) struct Ledger {
     store: (std::net::IpAddr, u16),
     tags: HashMap<u32, Tag>,
     requests: HashMap<u32, Request>,
-    /// Chunks that an ERROR has stopped and whose header was not pulled again yet.
+    /// Chunks that an ERROR or a new epoch has stopped and whose header was not pulled again yet.
     stopped: HashSet<u32>,
     /// Chunks that the data plane may give up because of what it decodes.
     shaky: HashSet<u32>,
@@ -160,10 +160,12 @@ impl Ledger {
             assert_eq!(tag.range, range, "all PULLs of a tag name one range");
             return;
         }
-        if range.offset == 0 {
+        // One of another epoch was sent before the LOOKUP_REPLY that ended that epoch came: it is given up by now.
+        let is_current = range.epoch == self.epoch;
+        if is_current && range.offset == 0 {
             self.stopped.remove(&range.handle);
         }
-        let is_live = self.is_fetching && !self.stopped.contains(&range.handle);
+        let is_live = self.is_fetching && is_current && !self.stopped.contains(&range.handle);
         let phase = if is_live { Phase::Receiving } else { Phase::Gone };
         self.tags.insert(range.tag, Tag { range, phase, arrived: HashSet::new(), poisoned: false });
     }
