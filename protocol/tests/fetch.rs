@@ -370,6 +370,23 @@ fn chunks_placed_over_stores_come_from_all_of_them() {
     assert_eq!(world.engine(0).counters().segments_asked_again, 0);
 }
 
+/// A query whose store is late goes to the replica, and back: if no answer is ever in time, one that is late has to say by how much.
+#[test]
+fn replicas_that_are_all_farther_away_than_the_longest_timeout_are_heard() {
+    for (seed, latency_nanos) in [(30, 1_000_050), (31, 1_500_000), (32, 2_500_000)] {
+        let config = FetchConfig { stores: 3, rto_max: Duration::from_millis(2), ..config() };
+        let mut world = World::with_replicas(seed, &config, serve(), 2);
+        world.latency_nanos = latency_nanos;
+        let keys = fill_placed(&mut world, 0, 20, &SHAPE);
+        world.start_from(1, Sources::Placed, &keys, &SHAPE, 10 * SECOND);
+        world.run();
+        world.assert_quiet();
+        assert_eq!(outcome(&world, 0, 1), FetchOutcome::Done, "{latency_nanos} ns one way");
+        let counters = world.engine(0).counters();
+        assert!(counters.lookups_sent < 200, "{counters:?}");
+    }
+}
+
 #[test]
 fn a_dead_store_costs_little_when_there_are_replicas_and_is_used_again_when_it_is_back() {
     let mut world = World::with_replicas(21, &FetchConfig { stores: 3, ..config() }, serve(), 2);

@@ -50,7 +50,7 @@ pub struct FetchConfig {
     /// Least time without an arrival after which everything asked of a store counts as lost. Single losses are found in
     /// little more than a round trip.
     pub rto_min: Duration,
-    /// Most of the same, after doubling.
+    /// Most of the same, after doubling; a store whose round trip is as long is waited for half as long again.
     pub rto_max: Duration,
     /// How often a corrupt plane or header is pulled again before its chunk fails.
     pub corrupt_retries: u8,

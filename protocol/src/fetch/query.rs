@@ -72,7 +72,7 @@ pub(super) struct Request {
     pub(super) state: RequestState,
     pub(super) rto_at: Instant,
     sent_at: Instant,
-    /// Times sent.
+    /// Times sent; 0 again once it was answered.
     sent: u8,
     /// Keys it asks for, and queries of them that still want to know.
     keys: u8,
@@ -286,7 +286,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 // Made due again when that is over.
                 continue;
             }
-            let with = |state| Self::requests_of(store).find(|at| self.requests[at.at()].state == state);
+            // Of those that are idle the one used longest ago: a late answer to it may still tell how far the store is.
+            let with = |state| {
+                let requests = Self::requests_of(store).filter(|at| self.requests[at.at()].state == state);
+                requests.min_by_key(|at| self.requests[at.at()].sent_at)
+            };
             let (due, idle) = (with(RequestState::Due), with(RequestState::Idle));
             let request = due.or_else(|| idle.filter(|idle| self.fill_request(store, *idle)));
             let Some(request) = request else { continue };
@@ -478,15 +482,18 @@ impl<L: ChunkLayout> FetchEngine<L> {
             return Err(DropReason::WrongStore);
         }
         if request.state == RequestState::Idle {
-            // Nobody waits for it any more, but the store lives.
-            self.heard_reply(now, store, None);
+            // Nobody waits for it any more, but the store lives, only farther away than was thought.
+            let rtt = now.nanos().saturating_sub(request.sent_at.nanos());
+            let once = std::mem::take(&mut request.sent) == 1;
+            self.heard_reply(now, store, once.then_some(rtt));
             return Err(DropReason::Stale);
         }
         if reply.entries().len() != usize::from(request.keys) {
             return Err(DropReason::BadLength);
         }
         request.state = RequestState::Idle;
-        let (queries, once) = (request.queries, request.sent == 1);
+        // A copy of the reply says nothing of the round trip.
+        let (queries, once) = (request.queries, std::mem::take(&mut request.sent) == 1);
         let rtt = now.nanos().saturating_sub(request.sent_at.nanos());
         self.heard_reply(now, store, once.then_some(rtt));
         self.learn_epoch(store, reply.epoch);

@@ -20,6 +20,9 @@ pub(super) struct Rtt {
     pto: u64,
     rto_min: u64,
     rto_max: u64,
+    /// No timeout is longer: `rto_max`, unless the round trip is as long. What is given up before its answer can be there is
+    /// never answered, however often it is asked for.
+    most: u64,
     /// Least of this period and of the one before.
     least: [u64; 2],
     period_from: u64,
@@ -35,6 +38,7 @@ impl Rtt {
             pto: initial,
             rto_min,
             rto_max,
+            most: rto_max,
             least: [u64::MAX; 2],
             period_from: 0,
         }
@@ -50,8 +54,9 @@ impl Rtt {
             self.smoothed = (self.smoothed - self.smoothed / 8 + rtt / 8).max(1);
         }
         let margin = self.variation.saturating_mul(4);
-        self.rto = self.smoothed.saturating_add(margin).clamp(self.rto_min, self.rto_max);
-        self.pto = self.smoothed.saturating_add(margin.max(GRANULARITY_NS)).min(self.rto_max);
+        self.most = self.rto_max.max(self.smoothed.saturating_add(self.smoothed / 2));
+        self.rto = self.smoothed.saturating_add(margin).clamp(self.rto_min, self.most);
+        self.pto = self.smoothed.saturating_add(margin.max(GRANULARITY_NS)).min(self.most);
         if now.saturating_sub(self.period_from) >= LEAST_FOR_NS {
             self.least = [u64::MAX, self.least[0]];
             self.period_from = now;
@@ -81,7 +86,7 @@ impl Rtt {
 
     /// How long to wait for an arrival before everything counts as lost, after `backoff` doublings.
     pub(super) fn rto(&self, backoff: u8) -> u64 {
-        self.rto.saturating_mul(1 << backoff.min(20)).min(self.rto_max)
+        self.rto.saturating_mul(1 << backoff.min(20)).min(self.most)
     }
 }
 
@@ -101,6 +106,16 @@ mod tests {
         assert_eq!(rtt.rto(2), 4 * 29_000);
         assert_eq!(rtt.rto(20), 1_000_000);
         assert_eq!(rtt.pto(), 9000 + 20_000);
+    }
+
+    #[test]
+    fn no_timeout_is_shorter_than_the_round_trip() {
+        let mut rtt = Rtt::new(10, 1000);
+        (0..100).for_each(|_| rtt.sample(0, 4000, 0));
+        assert!(rtt.pto() > 4000, "{rtt:?}");
+        assert_eq!(rtt.rto(1), 6000);
+        (0..100).for_each(|_| rtt.sample(0, 100, 0));
+        assert_eq!(rtt.rto(20), 1000);
     }
 
     #[test]
