@@ -183,9 +183,10 @@ pub fn parse_chain<'a>(
 #[inline]
 fn cut<'a>(parts: impl Iterator<Item = &'a [u8]>, mut bytes: usize) -> impl Iterator<Item = &'a [u8]> {
     parts.map_while(move |part| {
-        let part = &part[..part.len().min(bytes)];
+        // A buffer without a byte of the frame is not its end.
+        let part = (bytes > 0).then(|| &part[..part.len().min(bytes)])?;
         bytes -= part.len();
-        (!part.is_empty()).then_some(part)
+        Some(part)
     })
 }
 

@@ -130,6 +130,17 @@ fn agrees(frame: &[u8], local: &Local) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+#[test]
+fn an_empty_buffer_in_a_chain_is_not_the_end_of_its_frame() {
+    let bytes = frame_with(false, PORT, &[1; 100], TxChecksum::Software);
+    let (first, rest) = bytes.split_at(70);
+    let rest = [&[], rest].into_iter();
+    let (local, hardware) = (local(false), HardwareChecks::default());
+    let whole = frame::parse(&bytes, &local, hardware);
+    assert!(whole.is_ok());
+    assert_eq!(frame::parse_chain(first, rest, bytes.len(), &local, hardware), whole);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
