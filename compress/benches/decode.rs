@@ -1,4 +1,4 @@
-//! Decoding one plane, from its encoded bytes to 16-bit elements, beside bare zstd over the same frames.
+//! Decoding one plane compressed with zstd, from its encoded bytes to 16-bit elements, beside bare zstd over the same frames.
 //!
 //! `cargo bench -p compress` uses synthetic planes in the shape of Llama-3.1-8B; `SHADOWSERVE_KV=FILE` takes the first
 //! chunk of a `.safetensors` file (`k`, `v`: `[layers, tokens, kv_heads, head_dim]`, BF16 or F16) instead.
@@ -8,7 +8,7 @@
 #[path = "../tests/planes/mod.rs"]
 mod planes;
 
-use compress::{ChunkView, Codec, Decoder, Dtype, Encoder, PlaneEntry, plane_index};
+use compress::{ChunkView, Codec, Compression, Decoder, Dtype, Encoder, PlaneCodec, PlaneEntry, plane_index};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use planes::Planes;
 use planes::bare::{self, SEGMENT_BYTES};
@@ -23,6 +23,7 @@ struct Encoded {
 impl Encoded {
     fn new(codec: Codec, planes: &Planes) -> Self {
         let mut chunk = Vec::new();
+        let codec = PlaneCodec { compression: Compression::Zstd, ..codec.into() };
         Encoder::new(codec, compress::DEFAULT_ZSTD_LEVEL)
             .encode_chunk(
                 &[0; 32],
