@@ -139,13 +139,19 @@ impl Asks {
         index
     }
 
+    /// Takes the segments of `mask`, which arrived, out of a PULL under way.
+    #[inline]
+    pub(super) fn arrived(&mut self, list: &mut AskList, index: AskIndex, mask: u64) {
+        self.table[index.at()].is_untouched = false;
+        self.take(list, index, mask);
+    }
+
     /// Takes the segments of `mask` out of a PULL under way, arrived or given up; with the last the PULL is over.
     #[inline]
     pub(super) fn take(&mut self, list: &mut AskList, index: AskIndex, mask: u64) {
         let ask = &mut self.table[index.at()];
         assert!(ask.outstanding & mask == mask, "only what is under way is taken");
         ask.outstanding &= !mask;
-        ask.is_untouched = false;
         if ask.outstanding == 0 {
             self.end(list, index);
         }
@@ -169,6 +175,18 @@ impl Asks {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// A tail probe says nothing of whether the path carries the PULL's segments.
+    #[test]
+    fn only_an_arrival_touches_a_pull() {
+        let mut asks = Asks::new(1, 1);
+        let mut list = AskList::default();
+        let index = asks.push(&mut list, Instant::ZERO, StoreIndex(0), TransferIndex(0), (5, 0b111));
+        asks.take(&mut list, index, 0b100);
+        assert!(asks.get(index).is_untouched);
+        asks.arrived(&mut list, index, 0b10);
+        assert!(!asks.get(index).is_untouched);
+    }
 
     proptest! {
         /// The list against a plain vector: pushed at the end, taken anywhere.

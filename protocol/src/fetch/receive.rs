@@ -121,7 +121,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             store.in_flight -= 1;
             self.in_flight -= 1;
             let base = self.asks.get(ask).base;
-            self.asks.take(&mut store.asks, ask, 1 << (data.segment - base));
+            self.asks.arrived(&mut store.asks, ask, 1 << (data.segment - base));
         }
         store.heard(now);
         store.window.arrived(marked);

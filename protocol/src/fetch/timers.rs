@@ -177,6 +177,10 @@ impl<L: ChunkLayout> FetchEngine<L> {
     /// Gives up the last segment of the PULL sent last.
     fn probe_tail(&mut self, store: StoreIndex) {
         let newest = self.stores[usize::from(store.0)].asks.newest().expect("something is under way");
+        if self.asks.get(newest).outstanding.is_power_of_two() {
+            // It is given up whole.
+            self.suspect(newest);
+        }
         self.give_up_last(newest);
     }
 
