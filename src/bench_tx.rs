@@ -86,9 +86,6 @@ pub(crate) fn run(flags: &TxFlags) -> anyhow::Result<ExitCode> {
     if in_flight > 0 {
         bail!("{in_flight} packets were not freed by the device");
     }
-    // The process ends here. Both ends of a memif in one process leave the EAL's interrupt thread with work at the moment at which
-    // cleaning up would unmap what it works on.
-    std::mem::forget(eal);
     Ok(ExitCode::SUCCESS)
 }
 

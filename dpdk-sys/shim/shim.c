@@ -7,11 +7,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <rte_bus.h>
 #include <rte_devargs.h>
 #include <rte_flow.h>
+#include <rte_interrupts.h>
 #include <rte_ip.h>
 #include <rte_udp.h>
 
@@ -64,6 +67,35 @@ int shim_eal_init(int argc, char **argv, char *log, size_t size)
 		log[length] = '\0';
 	}
 	return result;
+}
+
+static void park(void *parked)
+{
+	__atomic_store_n((bool *)parked, true, __ATOMIC_RELEASE);
+	for (;;)
+		pause();
+}
+
+/* EAL unmaps the memory that interrupt handles lie in, having just woken the thread that looks at all of them, and does not wait for it. So that
+ * thread is first given a call that never ends, of a source of its own, since EAL waits for the calls of others. It does not keep the process
+ * from ending, and EAL cannot be started again. */
+static void park_interrupt_thread(void)
+{
+	static bool parked;
+	struct rte_intr_handle *handle = rte_intr_instance_alloc(RTE_INTR_INSTANCE_F_PRIVATE);
+	int fd = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (handle == NULL || fd < 0 || rte_intr_fd_set(handle, fd) != 0 || rte_intr_type_set(handle, RTE_INTR_HANDLE_EXT) != 0 ||
+	    rte_intr_callback_register(handle, park, &parked) != 0)
+		return;
+	const struct timespec moment = { .tv_nsec = 100000 };
+	while (!__atomic_load_n(&parked, __ATOMIC_ACQUIRE))
+		nanosleep(&moment, NULL);
+}
+
+int shim_eal_cleanup(void)
+{
+	park_interrupt_thread();
+	return rte_eal_cleanup();
 }
 
 int shim_errno(void) { return rte_errno; }

@@ -45,6 +45,8 @@ enum shim_mbuf_offset {
 /* rte_eal_init with standard output closed to it, and its messages in `log` (cut at `size`, NUL-terminated). Messages that come later go to
  * standard error. Returns what rte_eal_init returned, or minus rte_errno. */
 int shim_eal_init(int argc, char **argv, char *log, size_t size);
+/* rte_eal_cleanup, with EAL's interrupt thread out of the way for good. */
+int shim_eal_cleanup(void);
 
 int shim_errno(void);
 unsigned int shim_lcore_id(void);

@@ -170,7 +170,7 @@ impl Drop for EalInner {
         // SAFETY: the environment is up; the path is a constant string from its start on.
         let folder = unsafe { CStr::from_ptr(dpdk_sys::rte_eal_get_runtime_dir()) }.to_owned();
         // SAFETY: everything that was made with the environment held a reference to this and is gone, and no worker runs.
-        unsafe { dpdk_sys::rte_eal_cleanup() };
+        unsafe { dpdk_sys::shim_eal_cleanup() };
         // The EAL makes a folder for its files and leaves it. Without shared configuration it is empty; where it is not, it stays.
         let _ = std::fs::remove_dir(OsStr::from_bytes(folder.as_bytes()));
     }
