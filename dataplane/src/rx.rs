@@ -7,7 +7,7 @@ use compress::ChunkView;
 use control::MissingReason;
 use dpdk::{Mbuf, Ring, RingReceiver, RingSender};
 use iface::steer::PortMap;
-use iface::{Counter, Link, LinkCounters, Outgoing, Stage};
+use iface::{Counter, Link, Outgoing, Stage};
 use protocol::frame::Peer;
 use protocol::paths::Paths;
 use protocol::put::OfferTo;
@@ -151,52 +151,37 @@ impl RxStage {
     fn receive(&mut self, now_ns: u64) -> usize {
         let Self { queue, ports, stores, link, engine, paths, rings, planes, counters, offers, .. } = self;
         let now = Instant::from_nanos(now_ns);
+        let mut takers = Takers { engine, paths, planes, offers, counters };
         link.receive(now_ns, |datagram| {
             let from = (datagram.from.ip, datagram.from.port);
             let store = store_of(stores, from).ok_or(DropReason::UnknownPeer)?;
             let owner = ports.queue(usize::from(store.0), datagram.to_port).ok_or(DropReason::ForeignPort)?;
             if owner != *queue {
-                counters.misdirected.add(1);
+                takers.counters.misdirected.add(1);
                 let what = Stray::From(store, datagram.marked);
                 return pass_on(&rings.strays_of[usize::from(owner)], what, datagram.mbuf)
                     .map_err(|()| DropReason::QueueFull);
             }
-            let payload = datagram.mbuf.data();
-            if !message::is_data(payload) {
-                if Paths::takes(payload) {
-                    let tell = |store, bytes| set_segment_bytes(engine, offers, store, bytes);
-                    let answered = paths.handle_datagram(now, store, payload, tell);
-                    return answered.inspect(|()| counters.control_accepted.add(1));
-                }
-                if offers.takes(payload) {
-                    return take_offer(offers, counters, now, (store, datagram.from), payload);
-                }
-            }
-            planes.take_datagram(engine, counters, now_ns, (store, datagram.marked), datagram.mbuf)
+            let from = || Some(datagram.from);
+            takers.take(now, (store, datagram.marked), from, datagram.mbuf)
         })
     }
 
     fn receive_direct(&mut self, now_ns: u64) -> usize {
         let Self { queue, ports, stores, link, engine, planes, counters, direct, .. } = self;
         let Some(direct) = direct else { return 0 };
-        let link_counters: Arc<LinkCounters> = Arc::clone(link.counters());
         link.receive_direct(now_ns, |datagram| {
-            let (from, to_port) = (datagram.from, datagram.to_port);
-            let result = match store_of(stores, (from.ip, from.port)) {
-                None => Err(DropReason::UnknownPeer),
-                Some(store) if ports.queue(usize::from(store.0), to_port) != Some(*queue) => {
-                    counters.misdirected.add(1);
-                    Err(DropReason::ForeignPort)
-                }
-                Some(store) if datagram.segment.is_none() => {
-                    let from = (store, datagram.marked);
-                    planes.take_datagram(engine, counters, now_ns, from, datagram.mbuf)
-                }
-                Some(store) => direct.take(engine, planes, counters, now_ns, store, datagram),
-            };
-            if let Err(reason) = result {
-                link_counters.dropped.add(reason);
+            let from = (datagram.from.ip, datagram.from.port);
+            let store = store_of(stores, from).ok_or(DropReason::UnknownPeer)?;
+            if ports.queue(usize::from(store.0), datagram.to_port) != Some(*queue) {
+                counters.misdirected.add(1);
+                return Err(DropReason::ForeignPort);
             }
+            if datagram.segment.is_none() {
+                let from = (store, datagram.marked);
+                return planes.take_datagram(engine, counters, now_ns, from, datagram.mbuf);
+            }
+            direct.take(engine, planes, counters, now_ns, store, datagram)
         })
     }
 
@@ -249,22 +234,13 @@ impl RxStage {
                     continue;
                 }
             };
-            let peer = self.stores.get(usize::from(store.0)).and_then(|store| {
-                let mac = self.link.neighbour(store.next_hop)?;
-                Some(Peer { mac, ip: store.ip, port: store.port })
-            });
-            let Self { engine, paths, planes, offers, counters, .. } = &mut *self;
-            let result = match peer {
-                _ if Paths::takes(mbuf.data()) => {
-                    let tell = |store, bytes| set_segment_bytes(engine, offers, store, bytes);
-                    let answered = paths.handle_datagram(now, store, mbuf.data(), tell);
-                    answered.inspect(|()| counters.control_accepted.add(1))
-                }
-                Some(peer) if offers.takes(mbuf.data()) => {
-                    take_offer(offers, counters, now, (store, peer), mbuf.data())
-                }
-                _ => planes.take_datagram(engine, counters, now.nanos(), (store, marked), mbuf),
+            let Self { stores, link, engine, paths, planes, offers, counters, .. } = &mut *self;
+            let from = || {
+                let store = stores.get(usize::from(store.0))?;
+                Some(Peer { mac: link.neighbour(store.next_hop)?, ip: store.ip, port: store.port })
             };
+            let mut takers = Takers { engine, paths, planes, offers, counters };
+            let result = takers.take(now, (store, marked), from, mbuf);
             if let Err(reason) = result {
                 self.link.counters().dropped.add(reason);
             }
@@ -504,6 +480,44 @@ impl RxStage {
     }
 }
 
+/// What takes in the datagrams of stores.
+struct Takers<'a> {
+    engine: &'a mut FetchEngine<EncodedChunks>,
+    paths: &'a mut Paths,
+    planes: &'a mut Planes,
+    offers: &'a mut Offers,
+    counters: &'a PlaneCounters,
+}
+
+impl Takers<'_> {
+    /// Gives a datagram to the one that it is for. `from` tells who sent it, for whom answers may go to, if that is known.
+    #[inline]
+    fn take(
+        &mut self,
+        now: Instant,
+        (store, marked): (StoreIndex, bool),
+        from: impl FnOnce() -> Option<Peer>,
+        mbuf: Mbuf,
+    ) -> Result<(), DropReason> {
+        let Self { engine, paths, planes, offers, counters } = self;
+        let payload = mbuf.data();
+        if !message::is_data(payload) {
+            if Paths::takes(payload) {
+                let tell = |store, bytes| set_segment_bytes(engine, offers, store, bytes);
+                let answered = paths.handle_datagram(now, store, payload, tell);
+                return answered.inspect(|()| counters.control_accepted.add(1));
+            }
+            if offers.takes(payload)
+                && let Some(from) = from()
+            {
+                let taken = offers.take(now, store, from, payload);
+                return taken.inspect(|()| counters.control_accepted.add(1));
+            }
+        }
+        planes.take_datagram(engine, counters, now.nanos(), (store, marked), mbuf)
+    }
+}
+
 impl Planes {
     /// Gives a datagram to the engine; a segment of a plane is kept in the plane's job.
     #[inline]
@@ -579,7 +593,6 @@ fn outgoing(from_port: u16, to: Peer, payload_bytes: usize, covered: bool) -> Ou
     Outgoing { from_port, to, payload_bytes, tail: None, marks_answered: false, covered }
 }
 
-/// Gives a datagram to what offers chunks.
 /// What a path carries has changed.
 fn set_segment_bytes(
     engine: &mut FetchEngine<EncodedChunks>,
@@ -589,18 +602,6 @@ fn set_segment_bytes(
 ) {
     engine.set_segment_bytes(store, bytes);
     offers.set_segment_bytes(store, bytes);
-}
-
-fn take_offer(
-    offers: &mut Offers,
-    counters: &PlaneCounters,
-    now: Instant,
-    (store, from): (StoreIndex, Peer),
-    payload: &[u8],
-) -> Result<(), DropReason> {
-    offers.take(now, store, from, payload)?;
-    counters.control_accepted.add(1);
-    Ok(())
 }
 
 fn store_of(stores: &[StoreAddress], from: (IpAddr, u16)) -> Option<StoreIndex> {

@@ -151,8 +151,12 @@ impl Link {
         self.direct.as_ref().map(|queue| queue.tail_pool().clone())
     }
 
-    /// Receives one burst from the queue's second half and hands each datagram for us to `deliver`. Returns the number of frames received.
-    pub fn receive_direct(&mut self, now_ns: u64, mut deliver: impl FnMut(DirectDatagram)) -> usize {
+    /// Receives one burst from the queue's second half, as [`Link::receive`] does from the first.
+    pub fn receive_direct(
+        &mut self,
+        now_ns: u64,
+        mut deliver: impl FnMut(DirectDatagram) -> Result<(), DropReason>,
+    ) -> usize {
         let Some(queue) = &mut self.direct else { return 0 };
         let received = queue.receive();
         if received == 0 {
@@ -162,13 +166,16 @@ impl Link {
         self.counters.rx_packets.add(received as u64);
         while let Some(packet) = self.direct.as_mut().and_then(dpdk::SplitRxQueue::take) {
             self.counters.rx_bytes.add(packet.total_bytes() as u64);
-            match self.accept_direct(now, packet) {
+            let taken = match self.accept_direct(now, packet) {
                 Ok(Some(datagram)) => {
                     self.counters.rx_datagrams.add(1);
-                    deliver(datagram);
+                    deliver(datagram)
                 }
-                Ok(None) => {}
-                Err(reason) => self.counters.dropped.add(reason),
+                Ok(None) => Ok(()),
+                Err(reason) => Err(reason),
+            };
+            if let Err(reason) = taken {
+                self.counters.dropped.add(reason);
             }
         }
         received
