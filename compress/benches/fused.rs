@@ -18,7 +18,7 @@ use compress::{
 };
 use planes::Planes;
 use planes::bare::SEGMENT_BYTES;
-use zstd_safe::{CCtx, CParameter, DCtx, DDict, InBuffer, OutBuffer, ParamSwitch, zstd_sys};
+use zstd_safe::{CCtx, CParameter, DCtx, DDict, InBuffer, OutBuffer, ParamSwitch};
 
 const ROUNDS: usize = 31;
 const BLOCK_KIB: [usize; 4] = [16, 32, 64, 128];
@@ -134,6 +134,7 @@ fn with_frames(mut plane: Plane, sample: &[u8]) -> Plane {
 /// What a thread needs to decode.
 struct Work {
     isa: Isa,
+    /// Decompresses zstd in place.
     sections: SectionReader,
     zstd: DCtx<'static>,
     linear: Vec<u8>,
@@ -208,32 +209,9 @@ fn bare_new_context(work: &mut Work, plane: &Plane, _: &mut [u8]) {
 
 /// The frame at the end of the buffer whose front takes what it holds.
 fn bare_in_place(work: &mut Work, plane: &Plane, _: &mut [u8]) {
-    let margin = zstd_safe::decompression_margin(&plane.whole).expect("a frame");
-    let needed = plane.codes.len() + margin;
-    let frame_at = needed - plane.whole.len();
-    work.scratch[frame_at..needed].copy_from_slice(&plane.whole);
-    let buffer = work.scratch.as_mut_ptr();
-    let mut zstd = zstd_raw();
-    // SAFETY: both ranges are in the scratch; zstd allows them to overlap so, with this margin.
-    let written = unsafe {
-        zstd_sys::ZSTD_decompressDCtx(
-            zstd.as_mut(),
-            buffer.cast(),
-            needed,
-            buffer.add(frame_at).cast(),
-            plane.whole.len(),
-        )
-    };
-    assert_eq!(written, plane.codes.len());
-}
-
-/// A context that raw calls can take, kept for the whole run.
-fn zstd_raw() -> std::ptr::NonNull<zstd_sys::ZSTD_DCtx> {
-    thread_local! {
-        // SAFETY: creating a context has no conditions; it lives as long as the program.
-        static CONTEXT: *mut zstd_sys::ZSTD_DCtx = unsafe { zstd_sys::ZSTD_createDCtx() };
-    }
-    std::ptr::NonNull::new(CONTEXT.with(|context| *context)).expect("memory")
+    let bytes = plane.codes.len();
+    let read = work.sections.read(Compression::Zstd, &plane.whole, bytes, &mut work.scratch);
+    read.expect("a frame");
 }
 
 fn whole(work: &mut Work, plane: &Plane, out: &mut [u8]) {
@@ -332,10 +310,11 @@ fn main() {
 fn measure(isa: Isa, planes: &[Plane], out_bytes: usize, slots: usize) {
     let mut work = Work {
         isa,
-        sections: SectionReader::new().with_isa(isa),
+        sections: SectionReader::new().with_isa(isa).with_in_place(true),
         zstd: DCtx::create(),
         linear: vec![1; out_bytes],
-        scratch: vec![1; out_bytes],
+        // With zstd's margin for decompression in place.
+        scratch: vec![1; out_bytes + (132 << 10)],
         row: vec![1; usize::from(planes[0].shape.head_dim)],
     };
     let mut memory = vec![1_u8; slots * out_bytes + 64];
