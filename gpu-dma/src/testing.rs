@@ -315,6 +315,26 @@ impl State {
             while self.step(0) {}
         }
     }
+
+    /// Starts copies as one batch. One that is refused may have begun, as with CUDA.
+    fn start_pieces(
+        &mut self,
+        device: DeviceIndex,
+        stream: StreamId,
+        call: Call,
+        list: &CopyList,
+        pieces: Range<usize>,
+        step: fn(Run) -> Step,
+    ) -> Result<(), DriverError> {
+        self.starts += 1;
+        let failed = self.check(device, call, "cuMemcpyBatchAsync");
+        let pieces = if failed.is_err() { pieces.start..pieces.start + pieces.len() / 2 } else { pieces };
+        if !self.broken.contains_key(&device.0) {
+            let run = |n: usize| Run::row(list.to[n], list.from[n], list.bytes[n] as u64);
+            self.add(device, stream, pieces.map(|n| step(run(n))));
+        }
+        failed
+    }
 }
 
 impl Driver for FakeDriver {
@@ -436,17 +456,7 @@ impl Driver for FakeDriver {
         list: &CopyList,
         pieces: Range<usize>,
     ) -> Result<(), DriverError> {
-        let mut state = self.state();
-        state.starts += 1;
-        let failed = state.check(device, Call::CopyPieces, "cuMemcpyBatchAsync");
-        // A refused batch may have begun, as with CUDA.
-        let pieces = if failed.is_err() { pieces.start..pieces.start + pieces.len() / 2 } else { pieces };
-        let steps = pieces.map(|n| Step::Copy(Run::row(list.to[n], list.from[n], list.bytes[n] as u64)));
-        let steps: Vec<Step> = steps.collect();
-        if !state.broken.contains_key(&device.0) {
-            state.add(device, stream, steps);
-        }
-        failed
+        self.state().start_pieces(device, stream, Call::CopyPieces, list, pieces, Step::Copy)
     }
 
     unsafe fn copy_rows(&self, device: DeviceIndex, stream: StreamId, run: &Run) -> Result<(), DriverError> {
@@ -472,16 +482,7 @@ impl Driver for FakeDriver {
         list: &CopyList,
         pieces: Range<usize>,
     ) -> Result<(), DriverError> {
-        let mut state = self.state();
-        state.starts += 1;
-        let failed = state.check(device, Call::CopyWithin, "cuMemcpyBatchAsync");
-        let pieces = if failed.is_err() { pieces.start..pieces.start + pieces.len() / 2 } else { pieces };
-        let steps = pieces.map(|n| Step::Within(Run::row(list.to[n], list.from[n], list.bytes[n] as u64)));
-        let steps: Vec<Step> = steps.collect();
-        if !state.broken.contains_key(&device.0) {
-            state.add(device, stream, steps);
-        }
-        failed
+        self.state().start_pieces(device, stream, Call::CopyWithin, list, pieces, Step::Within)
     }
 
     fn allocate_for_nic(&self, device: DeviceIndex, bytes: usize) -> Result<ForNic, NicUnfit> {
