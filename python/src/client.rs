@@ -16,6 +16,7 @@ use crate::prefix::Prefix;
 use crate::region::Region;
 use crate::save::Save;
 use crate::seconds::Seconds;
+use crate::under_way::UnderWay;
 
 /// One session with the data plane on this machine. Any number of threads may use it. Connect after a fork.
 ///
@@ -93,7 +94,7 @@ impl Client {
         let mut request = FetchRequest::sequence(&prefix.0, region).map_err(errors::value)?;
         request.timeout = timeout.0;
         let fetch = self.client.fetch(&request).map_err(|error| errors::fetch(&error))?;
-        Ok(Fetch::new(fetch, target))
+        Ok(Fetch(UnderWay::new(fetch, target)))
     }
 
     /// A paged KV cache in GPU memory of this process, as `shadowserve.describe_pages` describes it. Do it at start.
@@ -129,7 +130,7 @@ impl Client {
             PagesRequest::suffix(&prefix.0, &cache.get().0, table, skip).map_err(errors::value)?;
         request.timeout = timeout.0;
         let fetch = self.client.fetch_pages(&request).map_err(|error| errors::fetch(&error))?;
-        Ok(Fetch::new(fetch, target))
+        Ok(Fetch(UnderWay::new(fetch, target)))
     }
 
     /// Starts fetching a whole prefix into a ring, plane by plane, in whatever order planes arrive.
@@ -139,7 +140,7 @@ impl Client {
         let mut request = RingRequest::prefix(&prefix.0, &ring.get().0).map_err(errors::value)?;
         request.timeout = timeout.0;
         let fetch = self.client.fetch_ring(&request).map_err(|error| errors::fetch(&error))?;
-        Ok(Fetch::new(fetch, target))
+        Ok(Fetch(UnderWay::new(fetch, target)))
     }
 
     /// Starts saving a sequence out of a region that holds it as `fetch` would have delivered it: all of K and then all of V, each
@@ -165,7 +166,7 @@ impl Client {
         leave_out(&mut request.chunks, skip)?;
         request.timeout = timeout.0;
         let save = self.client.save(&request).map_err(|error| errors::save(&error))?;
-        Ok(Save::new(save, source))
+        Ok(Save(UnderWay::new(save, source)))
     }
 
     /// Starts saving a sequence out of pages of a KV cache on a GPU: token `t` is in page `table[t // page_tokens]`. Elements must
@@ -187,7 +188,7 @@ impl Client {
         leave_out(&mut request.chunks, skip)?;
         request.timeout = timeout.0;
         let save = self.client.save_pages(&request).map_err(|error| errors::save(&error))?;
-        Ok(Save::new(save, source))
+        Ok(Save(UnderWay::new(save, source)))
     }
 
     /// The data plane's counters and latencies, as JSON.

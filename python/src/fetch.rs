@@ -1,43 +1,27 @@
 //! A fetch under way, and how it ended.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
-
 use client::Outcome;
 use pyo3::prelude::*;
 
 use crate::errors;
 use crate::seconds::Seconds;
+use crate::under_way::{UnderWay, patience};
 
 /// A fetch under way. Dropping it before its end cancels it.
 #[pyclass(frozen, module = "shadowserve")]
-pub(crate) struct Fetch {
-    fetch: Mutex<client::Fetch>,
-    /// What it writes to lives at least as long.
-    _target: Py<PyAny>,
-}
-
-impl Fetch {
-    pub(crate) fn new(fetch: client::Fetch, target: Py<PyAny>) -> Self {
-        Self { fetch: Mutex::new(fetch), _target: target }
-    }
-
-    fn with<T: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut client::Fetch) -> T + Send) -> T {
-        py.detach(|| act(&mut self.fetch.lock().unwrap_or_else(PoisonError::into_inner)))
-    }
-}
+pub(crate) struct Fetch(pub(crate) UnderWay<client::Fetch>);
 
 #[pymethods]
 impl Fetch {
     /// Its number in this session, which the entries of a ring name.
     #[getter]
     fn id(&self, py: Python<'_>) -> u64 {
-        self.with(py, |fetch| fetch.id())
+        self.0.with(py, |fetch| fetch.id())
     }
 
     /// The report if it has ended, else `None`. Never waits.
     fn poll(&self, py: Python<'_>) -> PyResult<Option<Report>> {
-        let ended = self.with(py, client::Fetch::poll).map_err(|error| errors::fetch(&error))?;
+        let ended = self.0.with(py, client::Fetch::poll).map_err(|error| errors::fetch(&error))?;
         Ok(ended.map(Report))
     }
 
@@ -45,15 +29,14 @@ impl Fetch {
     /// end that the data plane gives every fetch by its deadline.
     #[pyo3(signature = (timeout=None))]
     fn wait(&self, py: Python<'_>, timeout: Option<Seconds>) -> PyResult<Report> {
-        // A data plane that misses a deadline by so much has stopped, and its heartbeat says so before.
-        let timeout = timeout.map_or(Duration::from_secs(3600), |timeout| timeout.0);
-        let report = self.with(py, |fetch| fetch.wait(timeout)).map_err(|error| errors::fetch(&error))?;
+        let report =
+            self.0.with(py, |fetch| fetch.wait(patience(timeout))).map_err(|error| errors::fetch(&error))?;
         Ok(Report(report))
     }
 
     /// Asks the data plane to end it. It still ends once, and may end done if that came first: wait for it.
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
-        self.with(py, client::Fetch::cancel).map_err(|error| errors::fetch(&error))
+        self.0.with(py, client::Fetch::cancel).map_err(|error| errors::fetch(&error))
     }
 }
 

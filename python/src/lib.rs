@@ -11,6 +11,7 @@ mod prefix;
 mod region;
 mod save;
 mod seconds;
+mod under_way;
 
 use pyo3::prelude::*;
 

@@ -1,6 +1,5 @@
 //! A save under way, and how it ended.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use client::Outcome;
@@ -8,30 +7,17 @@ use pyo3::prelude::*;
 
 use crate::errors;
 use crate::seconds::Seconds;
+use crate::under_way::{UnderWay, patience};
 
 /// A save under way. Dropping it before its end cancels it.
 #[pyclass(frozen, module = "shadowserve")]
-pub(crate) struct Save {
-    save: Mutex<client::Save>,
-    /// What it reads lives at least as long.
-    _source: Py<PyAny>,
-}
-
-impl Save {
-    pub(crate) fn new(save: client::Save, source: Py<PyAny>) -> Self {
-        Self { save: Mutex::new(save), _source: source }
-    }
-
-    fn with<T: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut client::Save) -> T + Send) -> T {
-        py.detach(|| act(&mut self.save.lock().unwrap_or_else(PoisonError::into_inner)))
-    }
-}
+pub(crate) struct Save(pub(crate) UnderWay<client::Save>);
 
 #[pymethods]
 impl Save {
     /// The report if it has ended, else `None`. Never waits.
     fn poll(&self, py: Python<'_>) -> PyResult<Option<SaveReport>> {
-        match self.with(py, |save| save.wait(Duration::ZERO)) {
+        match self.0.with(py, |save| save.wait(Duration::ZERO)) {
             Ok(report) => Ok(Some(SaveReport(report))),
             Err(client::SaveError::StillUnderWay { .. }) => Ok(None),
             Err(error) => Err(errors::save(&error)),
@@ -42,15 +28,14 @@ impl Save {
     /// end that the data plane gives every save by its deadline.
     #[pyo3(signature = (timeout=None))]
     fn wait(&self, py: Python<'_>, timeout: Option<Seconds>) -> PyResult<SaveReport> {
-        // A data plane that misses a deadline by so much has stopped, and its heartbeat says so before.
-        let timeout = timeout.map_or(Duration::from_secs(3600), |timeout| timeout.0);
-        let report = self.with(py, |save| save.wait(timeout)).map_err(|error| errors::save(&error))?;
+        let report =
+            self.0.with(py, |save| save.wait(patience(timeout))).map_err(|error| errors::save(&error))?;
         Ok(SaveReport(report))
     }
 
     /// Asks the data plane to end it. It still ends once: wait for it.
     fn cancel(&self, py: Python<'_>) -> PyResult<()> {
-        self.with(py, client::Save::cancel).map_err(|error| errors::save(&error))
+        self.0.with(py, client::Save::cancel).map_err(|error| errors::save(&error))
     }
 }
 
