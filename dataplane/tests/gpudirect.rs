@@ -10,16 +10,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use client::{
-    ChunkPlace, Client, ClientConfig, DeviceUuid, ElementType, Fetch, FetchRequest, GpuAllocation, IpcHandle,
-    LayerBase, Layout, MissingReason, Outcome, PageStrides, PagedKv, PagesRequest, PlaneBase, RingConfig,
-    RingRequest,
-};
+use client::{ChunkPlace, Client, ClientConfig, Fetch, FetchRequest, Layout, MissingReason, Outcome};
 use compress::Codec;
 use dataplane::{GpuConfig, GpuDirect, RunError};
 use dpdk::{Burst, Eal, EalConfig, Pool, PoolConfig, Port, PortConfig, RxQueue, TxQueue};
 use gpu_dma::testing::{Call, FakeDriver, Pace};
 use gpu_dma::{Driver, GpuSinkConfig};
+use iface::StopOnDrop;
 use protocol::frame::{self, HardwareChecks, Incoming, Local, Peer};
 use protocol::wire::arp;
 use protocol::{Namespace, ServeConfig, ServeEngine};
@@ -27,6 +24,7 @@ use serde_json::Value;
 
 use lab::chunks::{CHUNK_TOKENS, Library, SHAPE};
 use lab::frames;
+use lab::gpu_memory::{SmallRing, cache, contents, expected, request};
 use lab::random::Random;
 
 const STORE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -142,41 +140,12 @@ fn config(device: String, socket: PathBuf, gpu: GpuConfig, queues: u16) -> datap
     let cpus = cpus();
     let rx: Vec<String> = cpus[..usize::from(queues)].iter().map(|cpu| format!("rx@{cpu}")).collect();
     let cpu = cpus[0];
+    let base = lab::config(device, socket, gpu);
     dataplane::Config {
-        iface: iface::IfaceConfig {
-            device,
-            address: "10.98.0.2/24".parse().unwrap(),
-            vlan: None,
-            udp_port: PORTS[0],
-            mtu: 1500,
-            queues,
-            rx_descriptors: 512,
-            tx_descriptors: 512,
-            mbufs: 4096,
-            rss: None,
-        },
+        iface: iface::IfaceConfig { queues, rx_descriptors: 512, tx_descriptors: 512, ..base.iface },
         placement: format!("{},decode@{cpu},dma@{cpu}", rx.join(",")).parse().unwrap(),
-        stores: vec![format!("10.98.0.1:{STORE_PORT}").parse().unwrap()],
-        replicas: 1,
-        store_mac: None,
-        gateway: None,
-        socket,
-        group: None,
-        slots: 4,
-        slot_bytes: 64 << 10,
-        pages: hugepages::PageChoice::Base,
         compress_dev: None,
-        window_segments: Some(96),
-        link_mbps: 0,
-        queue_tolerance: Duration::from_micros(100),
-        schedule: protocol::Schedule::default(),
-        max_fetches: 4,
-        max_chunks: 64,
-        max_layers: 16,
-        rto_min: Duration::from_millis(4),
-        idle_sleep: Duration::from_micros(20),
-        gpu,
-        save: dataplane::SaveConfig::NONE,
+        ..base
     }
 }
 
@@ -187,15 +156,6 @@ struct Bench {
     queues: u16,
     /// The data plane has ended.
     ended: Arc<AtomicBool>,
-}
-
-/// Sets it when it is dropped, in a panic too.
-struct Sets(Arc<AtomicBool>);
-
-impl Drop for Sets {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// Runs a data plane with a GPU whose memory is this process's, on the calling thread, which is DPDK's main lcore, and meanwhile `script` on another.
@@ -214,7 +174,7 @@ fn with_plane(
     let config = config(theirs, socket.clone(), gpu, queues);
     let (stop, ended) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let result = std::thread::scope(|scope| {
-        let (stops, ended_too) = (Sets(Arc::clone(&stop)), Arc::clone(&ended));
+        let (stops, ended_too) = (StopOnDrop(Arc::clone(&stop)), Arc::clone(&ended));
         scope.spawn(move || {
             let _stops = stops;
             let store = Store::open(eal, &ours, &format!("store-{name}"), 2 * queues);
@@ -229,7 +189,7 @@ fn with_plane(
             let mut bench = Bench { store, client, fake, queues, ended: ended_too };
             script(&mut bench);
         });
-        let _ended = Sets(ended);
+        let _ended = StopOnDrop(ended);
         dataplane::run(eal, &config, &stop)
     });
     assert_eq!((fake.for_nic(), fake.registered()), (0, 0), "all memory was let go");
@@ -290,74 +250,6 @@ impl Bench {
     }
 }
 
-/// A cache `[layers, 2, pages, ..]` on one of the fake's GPUs.
-fn cache(fake: &FakeDriver, device: u8, page_tokens: u16, hnd: bool) -> PagedKv {
-    let (heads, dim, element) = (SHAPE.kv_heads, SHAPE.head_dim, ElementType::Bf16);
-    let strides = if hnd {
-        PageStrides::hnd(page_tokens, heads, dim, element)
-    } else {
-        PageStrides::nhd(page_tokens, heads, dim, element)
-    };
-    let pages = 2 * u64::try_from(Library::tokens()).unwrap().div_ceil(page_tokens.into());
-    let plane = |n: u64| PlaneBase::new(0, n * pages * strides.page);
-    let bytes = u64::from(SHAPE.planes()) * pages * strides.page;
-    let handle = IpcHandle::new(fake.allocate(usize::from(device), bytes));
-    PagedKv {
-        device: DeviceUuid([device + 1; 16]),
-        allocations: vec![GpuAllocation { handle, bytes }],
-        element,
-        page_tokens,
-        pages: u32::try_from(pages).unwrap(),
-        kv_heads: heads,
-        head_dim: dim,
-        k: strides,
-        v: strides,
-        layers: (0..u64::from(SHAPE.layers))
-            .map(|layer| LayerBase { k: plane(2 * layer), v: plane(2 * layer + 1) })
-            .collect(),
-    }
-}
-
-/// Every second page, from the last one down.
-fn table(kv: &PagedKv) -> Vec<u32> {
-    (0..kv.pages).rev().step_by(2).collect()
-}
-
-fn chunks(library: &Library) -> Vec<ChunkPlace> {
-    let mut offset = 0;
-    let place = |(key, &tokens): (&protocol::Key, &u16)| {
-        let place = ChunkPlace { key: key.0, tokens, offset };
-        offset += u64::from(tokens);
-        place
-    };
-    library.keys.iter().zip(&CHUNK_TOKENS).map(place).collect()
-}
-
-/// What the cache must hold, head by head; zero where nothing was to go.
-fn expected(kv: &PagedKv, library: &Library) -> Vec<u8> {
-    let mut memory = vec![0; usize::try_from(kv.allocations[0].bytes).unwrap()];
-    let (table, head_bytes) = (table(kv), usize::from(SHAPE.head_dim) * 2);
-    let (heads, size) = (usize::from(SHAPE.kv_heads), usize::from(kv.page_tokens));
-    let mut first = 0;
-    for (planes, &tokens) in library.planes.iter().zip(&CHUNK_TOKENS) {
-        for (plane, bytes) in planes.iter().enumerate() {
-            let layer = &kv.layers[plane / 2];
-            let (base, strides) = if plane.is_multiple_of(2) { (layer.k, kv.k) } else { (layer.v, kv.v) };
-            for (row, vector) in bytes.chunks_exact(head_bytes).enumerate() {
-                let (token, head) = (first + row / heads, row % heads);
-                let at = base.offset
-                    + u64::from(table[token / size]) * strides.page
-                    + (token % size) as u64 * strides.token
-                    + head as u64 * strides.head;
-                let at = usize::try_from(at).unwrap();
-                memory[at..at + head_bytes].copy_from_slice(vector);
-            }
-        }
-        first += usize::from(tokens);
-    }
-    memory
-}
-
 /// How planes are expected to be received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
@@ -378,19 +270,11 @@ fn fetch_pages(
     let what = format!("GPU {device}, pages of {page_tokens}, HND: {hnd}, {way:?}");
     let kv = cache(&bench.fake, device, page_tokens, hnd);
     let cache = bench.client.register_pages(kv.clone()).unwrap();
-    let request = PagesRequest {
-        cache: &cache,
-        shape: SHAPE,
-        table: table(&kv),
-        chunks: chunks(library),
-        timeout: Duration::from_secs(20),
-        progress: false,
-    };
     let (direct, planes) = (bench.count("planes_direct"), delivered(bench));
-    let fetch = bench.client.fetch_pages(&request).unwrap();
+    let fetch = bench.client.fetch_pages(&request(&cache, library)).unwrap();
     let (pulls, report) = bench.follow(library, fetch, mischief, |_, _| ());
     assert_eq!(report.outcome, Outcome::Done, "{what}: {report:?} {:#}", bench.stats());
-    let contents = bench.fake.contents(&kv.allocations[0].handle.bytes());
+    let contents = contents(&bench.fake, &kv);
     assert!(contents == expected(&kv, library), "{what}: a wrong byte");
     bench.settle(library);
     let (direct, planes) = (bench.count("planes_direct") - direct, delivered(bench) - planes);
@@ -480,40 +364,15 @@ fn to_host_memory(bench: &mut Bench, library: &Library) {
 }
 
 fn ring(bench: &mut Bench, library: &Library) {
-    let (entry_bytes, entries) = (32 << 10, 3);
-    let bytes = entry_bytes * u64::from(entries);
-    let handle = bench.fake.allocate(0, bytes);
-    let allocation = GpuAllocation { handle: IpcHandle::new(handle), bytes };
-    let (device, element) = (DeviceUuid([1; 16]), ElementType::Bf16);
-    let config = RingConfig { device, allocation, offset: 0, entry_bytes, entries, element };
-    let ring = bench.client.register_ring(&config).unwrap();
-    let request = RingRequest {
-        ring: &ring,
-        shape: SHAPE,
-        chunks: chunks(library),
-        timeout: Duration::from_secs(20),
-        progress: false,
-    };
+    let mut ring = SmallRing::register(&bench.client, &bench.fake);
     let before = bench.count("planes_direct");
-    let fetch = bench.client.fetch_ring(&request).unwrap();
-    let mut seen = Vec::new();
-    let mut take = |fake: &FakeDriver| {
-        while let Some(entry) = ring.peek().unwrap() {
-            let holds = entry.holds;
-            let plane = &library.planes[holds.chunk as usize][holds.plane as usize];
-            let at = usize::try_from(entry.offset).unwrap();
-            assert!(holds.delivered);
-            assert!(fake.contents(&handle)[at..at + holds.bytes as usize] == **plane);
-            seen.push((holds.chunk, holds.plane));
-            ring.release();
-        }
-    };
-    let (_, report) = bench.follow(library, fetch, &mut |_| (), |fake, _| take(fake));
-    take(&bench.fake);
+    let fetch = bench.client.fetch_ring(&ring.request(library)).unwrap();
+    let id = fetch.id();
+    let take = |fake: &FakeDriver, _: &Client| ring.take(fake, library, id);
+    let (_, report) = bench.follow(library, fetch, &mut |_| (), take);
+    ring.take(&bench.fake, library, id);
     assert_eq!(report.outcome, Outcome::Done, "{report:?}");
-    seen.sort_unstable();
-    let all = (0..3).flat_map(|chunk| (0..SHAPE.planes()).map(move |plane| (chunk, plane)));
-    assert_eq!(seen, all.collect::<Vec<_>>(), "every plane once");
+    ring.assert_all();
     bench.settle(library);
     assert_eq!(bench.count("planes_direct") - before, u64::from(SHAPE.planes()) * 3);
 }
@@ -552,17 +411,9 @@ fn bad_network(bench: &mut Bench, library: &Library) {
 fn buffers_stay_until_the_copies_have_ended(bench: &mut Bench, library: &Library) {
     let kv = cache(&bench.fake, 0, 16, false);
     let cache = bench.client.register_pages(kv.clone()).unwrap();
-    let request = PagesRequest {
-        cache: &cache,
-        shape: SHAPE,
-        table: table(&kv),
-        chunks: chunks(library),
-        timeout: Duration::from_secs(20),
-        progress: false,
-    };
     bench.fake.set_pace(Pace::ByHand);
     let (starts, before) = (bench.fake.starts(), bench.count("planes_direct"));
-    let fetch = bench.client.fetch_pages(&request).unwrap();
+    let fetch = bench.client.fetch_pages(&request(&cache, library)).unwrap();
     let mut held = None;
     let all = u64::from(SHAPE.planes()) * 3;
     let (_, report) = bench.follow(library, fetch, &mut |_| (), |fake, client| {
@@ -581,7 +432,7 @@ fn buffers_stay_until_the_copies_have_ended(bench: &mut Bench, library: &Library
     let segment = u64::from(protocol::frame::max_segment_bytes(1500, &"10.98.0.2".parse().unwrap()));
     let segments = |tokens: &u16| (u64::from(*tokens) * 128).div_ceil(segment) * u64::from(SHAPE.planes());
     assert_eq!(held, Some(CHUNK_TOKENS.iter().map(segments).sum()), "every segment was kept");
-    assert!(bench.fake.contents(&kv.allocations[0].handle.bytes()) == expected(&kv, library));
+    assert!(contents(&bench.fake, &kv) == expected(&kv, library));
     bench.settle(library);
 }
 
@@ -591,16 +442,8 @@ fn refused_copies(bench: &mut Bench, library: &Library) {
     fetch(bench, library, (0, 16, false), Way::Direct);
     let kv = cache(&bench.fake, 0, 16, false);
     let cache = bench.client.register_pages(kv.clone()).unwrap();
-    let request = PagesRequest {
-        cache: &cache,
-        shape: SHAPE,
-        table: table(&kv),
-        chunks: chunks(library),
-        timeout: Duration::from_secs(20),
-        progress: false,
-    };
     bench.fake.fail(Call::CopyWithin, 1 << 20);
-    let fetch = bench.client.fetch_pages(&request).unwrap();
+    let fetch = bench.client.fetch_pages(&request(&cache, library)).unwrap();
     let (_, report) = bench.follow(library, fetch, &mut |_| (), |_, _| ());
     bench.fake.fail(Call::CopyWithin, 0);
     assert_eq!(report.outcome, Outcome::Failed, "{report:?}");
@@ -711,19 +554,11 @@ fn falls_back(eal: &Eal, fake: &Arc<FakeDriver>, library: &Library) {
         assert!(why.contains("cuMemAlloc"), "{why}");
         let kv = cache(&bench.fake, 0, 16, false);
         let cache = bench.client.register_pages(kv.clone()).unwrap();
-        let request = PagesRequest {
-            cache: &cache,
-            shape: SHAPE,
-            table: table(&kv),
-            chunks: chunks(library),
-            timeout: Duration::from_secs(20),
-            progress: false,
-        };
-        let fetch = bench.client.fetch_pages(&request).unwrap();
+        let fetch = bench.client.fetch_pages(&request(&cache, library)).unwrap();
         let (pulls, report) = bench.follow(library, fetch, &mut |_| (), |_, _| ());
         assert_eq!(report.outcome, Outcome::Done, "{report:?}");
         assert!(!pulls.contains(&PORTS[1]));
-        assert!(bench.fake.contents(&kv.allocations[0].handle.bytes()) == expected(&kv, library));
+        assert!(contents(&bench.fake, &kv) == expected(&kv, library));
     })
     .unwrap();
     fake.fail(Call::AllocateForNic, 1);

@@ -5,6 +5,7 @@ mod checks;
 pub(crate) mod chunks;
 pub(crate) mod forgery;
 pub(crate) mod frames;
+pub(crate) mod gpu_memory;
 pub(crate) mod ledger;
 mod mischief;
 pub(crate) mod random;
