@@ -3,58 +3,20 @@
 
 mod network;
 
-use std::time::Duration;
-
 use network::World;
-use network::chunks::Chunk;
+use network::situations::{SECOND, SHAPE, config, fill_placed, serve};
 use protocol::{
-    ChunkFailure, ChunkShape, FetchConfig, FetchOutcome, Instant, Key, LookupId, LookupOutcome, ServeConfig,
-    Sources, StoreIndex,
+    ChunkFailure, FetchConfig, FetchOutcome, Instant, Key, LookupId, LookupOutcome, Sources, StoreIndex,
 };
 
-const SECOND: u64 = 1_000_000_000;
-const SHAPE: ChunkShape = ChunkShape { layers: 4, kv_heads: 2, head_dim: 8, dtype: 1 };
 /// What Linux does.
 const ERRORS_EVERY: Option<u64> = Some(SECOND);
 
-fn config(stores: u16) -> FetchConfig {
-    FetchConfig {
-        stores,
-        max_fetches: 8,
-        max_lookups: 4,
-        max_chunks_per_fetch: 128,
-        active_chunks: 8,
-        active_planes: 8,
-        max_planes_per_chunk: 16,
-        max_plane_bytes: 4096,
-        max_header_bytes: 1024,
-        segment_bytes: 256,
-        window_segments: 64,
-        memory_segments: 96,
-        rto_min: Duration::from_micros(300),
-        rto_max: Duration::from_millis(20),
-        ..FetchConfig::default()
-    }
-}
-
 /// A world of `stores` stores that hold 100 chunks, each on `replicas` of them.
 fn world(seed: u64, stores: u16, replicas: usize) -> (World, Vec<Key>) {
-    let serve = ServeConfig { max_pending_pulls: 64, max_pending_replies: 16, ..ServeConfig::default() };
-    let mut world = World::with_replicas(seed, &config(stores), serve, replicas);
-    let placement = world.engine(0).placement().clone();
-    let keys: Vec<Key> = (0..100_u64)
-        .map(|number| {
-            let mut key = Key([0xab; 32]);
-            key.0[..8].copy_from_slice(&number.to_le_bytes());
-            key
-        })
-        .collect();
-    for key in &keys {
-        let chunk = Chunk::new(key, &SHAPE, 4096, &mut world.random);
-        for store in placement.candidates(key).as_slice() {
-            world.stores[usize::from(store.0)].library.insert(*key, chunk.clone());
-        }
-    }
+    let config = FetchConfig { stores, ..config() };
+    let mut world = World::with_replicas(seed, &config, serve(), replicas);
+    let keys = fill_placed(&mut world, 0, 100, &SHAPE);
     (world, keys)
 }
 

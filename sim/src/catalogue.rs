@@ -582,29 +582,9 @@ fn placed(design: Design, seed: u64, scale: u32, trouble: Trouble) -> Figures {
 }
 
 fn hedge(design: Design, seed: u64, scale: u32) -> Figures {
-    let times = |with_stalls: bool| {
-        let mut scenario = on_replicas(design, seed);
-        let plane_bytes = 20 * u32::from(SEGMENT_BYTES);
-        scenario.chunks = ChunkSpec { plane_bytes: (plane_bytes, plane_bytes), ..scenario.chunks };
-        let count = 100 / scale.min(10);
-        for number in 0..count {
-            let at = 2 * MILLIS + u64::from(number) * 5 * MILLIS;
-            let first = number * 8 % 1000;
-            let order = Order { stores: Vec::new(), ..order(100 + u64::from(number), 0, first..first + 8) };
-            scenario.fetch(at, 0, order);
-            if with_stalls && number % 10 == 5 {
-                scenario.actions.push((at, Action::Stall(1 + number / 10 % 4, 20 * MILLIS)));
-            }
-        }
-        let world = run(&scenario);
-        let fetches = world.records.fetches.values();
-        let mut times: Vec<u64> =
-            fetches.filter_map(|record| Some(record.ended?.0 - record.started_at)).collect();
-        times.sort_unstable();
-        (p99_us(&times), figures(&world, 100.0, 1))
-    };
-    let (alone, _) = times(false);
-    let (stalled, figures) = times(true);
+    let count = 100 / scale.min(10);
+    let (alone, _) = p99_of_short_fetches(on_replicas(design, seed), count, |_| None);
+    let (stalled, figures) = p99_of_short_fetches(on_replicas(design, seed), count, |_| Some(0));
     Figures { p99_us: Some(stalled), p99_of_alone: Some(stalled / alone), ..figures }
 }
 
@@ -612,30 +592,41 @@ fn hedge(design: Design, seed: u64, scale: u32) -> Figures {
 fn hedge_planes(design: Design, seed: u64, scale: u32) -> Figures {
     let times = |hedge_percent: u8| {
         let mut scenario = on_replicas(design, seed);
-        let plane_bytes = 20 * u32::from(SEGMENT_BYTES);
-        scenario.chunks = ChunkSpec { plane_bytes: (plane_bytes, plane_bytes), ..scenario.chunks };
         scenario.planes[0].config.fetch.hedge_percent = hedge_percent;
-        let count = 400 / scale.min(10);
-        for number in 0..count {
-            let at = 2 * MILLIS + u64::from(number) * 5 * MILLIS;
-            let first = number * 8 % 1000;
-            let order = Order { stores: Vec::new(), ..order(100 + u64::from(number), 0, first..first + 8) };
-            scenario.fetch(at, 0, order);
-            if number % 10 == 5 {
-                let into = 300 * MICROS + u64::from(number / 10) * 83 % 800 * MICROS;
-                scenario.actions.push((at + into, Action::Stall(1 + number / 10 % 4, 20 * MILLIS)));
-            }
-        }
-        let world = run(&scenario);
-        let fetches = world.records.fetches.values();
-        let mut times: Vec<u64> =
-            fetches.filter_map(|record| Some(record.ended?.0 - record.started_at)).collect();
-        times.sort_unstable();
-        (p99_us(&times), figures(&world, 100.0, 1))
+        let into = |number: u32| 300 * MICROS + u64::from(number / 10) * 83 % 800 * MICROS;
+        p99_of_short_fetches(scenario, 400 / scale.min(10), |number| Some(into(number)))
     };
     let (without, _) = times(0);
     let (with, figures) = times(5);
     Figures { p99_us: Some(with), p99_of_alone: Some(with / without), ..figures }
+}
+
+/// One 8-chunk fetch after the other; in one of ten a store stalls for 20 ms, so many nanoseconds after its begin as `stall_into` says of its number, if it
+/// does. The 99th percentile of their times, in microseconds, and the other figures.
+fn p99_of_short_fetches(
+    mut scenario: Scenario,
+    count: u32,
+    stall_into: impl Fn(u32) -> Option<u64>,
+) -> (f64, Figures) {
+    let plane_bytes = 20 * u32::from(SEGMENT_BYTES);
+    scenario.chunks = ChunkSpec { plane_bytes: (plane_bytes, plane_bytes), ..scenario.chunks };
+    for number in 0..count {
+        let at = 2 * MILLIS + u64::from(number) * 5 * MILLIS;
+        let first = number * 8 % 1000;
+        let order = Order { stores: Vec::new(), ..order(100 + u64::from(number), 0, first..first + 8) };
+        scenario.fetch(at, 0, order);
+        if number % 10 == 5
+            && let Some(into) = stall_into(number)
+        {
+            scenario.actions.push((at + into, Action::Stall(1 + number / 10 % 4, 20 * MILLIS)));
+        }
+    }
+    let world = run(&scenario);
+    let fetches = world.records.fetches.values();
+    let mut times: Vec<u64> =
+        fetches.filter_map(|record| Some(record.ended?.0 - record.started_at)).collect();
+    times.sort_unstable();
+    (p99_us(&times), figures(&world, 100.0, 1))
 }
 
 fn save(design: Design, seed: u64, scale: u32, faults: Faults) -> Figures {

@@ -12,6 +12,7 @@
 
 pub mod chunks;
 pub mod random;
+pub mod situations;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
