@@ -32,17 +32,10 @@ impl<L: ChunkLayout> FetchEngine<L> {
         marked: bool,
         payload: &[u8],
     ) -> Result<Accepted, DropReason> {
-        self.counters.datagrams += 1;
-        self.counters.marked += u64::from(marked);
-        self.now = self.now.max(now);
-        let result = match message::data(payload) {
-            Some(data) => self.handle_data(now, store, marked, (&data, data.payload.len())),
-            None => self.handle_control(now, store, payload),
-        };
-        if let Err(reason) = result {
-            self.counters.drops[reason.index()] += 1;
-        }
-        result
+        self.count_datagram(now, marked, |engine| match message::data(payload) {
+            Some(data) => engine.handle_data(now, store, marked, (&data, data.payload.len())),
+            None => engine.handle_control(now, store, payload),
+        })
     }
 
     /// The same of a DATA message of which only the header is at hand, while its segment of `segment_bytes` lies in memory that nobody
@@ -56,15 +49,26 @@ impl<L: ChunkLayout> FetchEngine<L> {
         header: &[u8],
         segment_bytes: usize,
     ) -> Result<Accepted, DropReason> {
+        self.count_datagram(now, marked, |engine| match message::data_header(header) {
+            Some(data) if !engine.is_header(TransferIndex(tag::slot_of(data.tag))) => {
+                engine.handle_data(now, store, marked, (&data, segment_bytes))
+            }
+            Some(_) | None => Err(DropReason::BadLength),
+        })
+    }
+
+    /// Counts a datagram, and why it is dropped if it is.
+    #[inline]
+    fn count_datagram(
+        &mut self,
+        now: Instant,
+        marked: bool,
+        take: impl FnOnce(&mut Self) -> Result<Accepted, DropReason>,
+    ) -> Result<Accepted, DropReason> {
         self.counters.datagrams += 1;
         self.counters.marked += u64::from(marked);
         self.now = self.now.max(now);
-        let result = match message::data_header(header) {
-            Some(data) if !self.is_header(TransferIndex(tag::slot_of(data.tag))) => {
-                self.handle_data(now, store, marked, (&data, segment_bytes))
-            }
-            Some(_) | None => Err(DropReason::BadLength),
-        };
+        let result = take(self);
         if let Err(reason) = result {
             self.counters.drops[reason.index()] += 1;
         }
