@@ -77,7 +77,7 @@ unsafe fn blocks_from<const FIRST: usize>(
                 _mm256_storeu_si256(block.as_mut_ptr().cast::<__m256i>().add(half), bytes);
             }
             base = base.add(BLOCK_BASE_BYTES);
-            if sliced.overrun(&here).is_some() {
+            if sliced.overrun(&here) {
                 break;
             }
         }

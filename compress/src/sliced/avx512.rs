@@ -30,7 +30,7 @@ pub(super) unsafe fn blocks(
     // SAFETY: as this function demands; `batches` stops where a level is beyond its end.
     unsafe {
         batches_of(sliced, first, batches, at);
-        if sliced.overrun(at).is_none() {
+        if !sliced.overrun(at) {
             batches_of(sliced, first + BATCH * batches.len(), rest.as_chunks_mut::<1>().0, at);
         }
     }
@@ -100,7 +100,7 @@ unsafe fn batches<const BLOCKS: usize, const FIRST: usize>(
                 _mm512_storeu_si512(block.as_mut_ptr().cast(), bytes);
             }
             base = base.add(BLOCKS * BLOCK_BASE_BYTES);
-            if sliced.overrun(&here).is_some() {
+            if sliced.overrun(&here) {
                 break;
             }
         }

@@ -52,7 +52,7 @@ pub(super) unsafe fn blocks(
                 vst1q_u8(block.as_mut_ptr().add(16 * quarter), bytes);
             }
             base = base.add(BLOCK_BASE_BYTES);
-            if sliced.overrun(&here).is_some() {
+            if sliced.overrun(&here) {
                 break;
             }
         }

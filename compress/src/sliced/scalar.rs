@@ -17,7 +17,7 @@ pub(super) fn blocks(
                 *byte |= sliced.order[usize::from(rank(sliced, base, index, at))] << shift;
             }
         }
-        if sliced.overrun(at).is_some() {
+        if sliced.overrun(at) {
             return;
         }
     }
