@@ -240,12 +240,11 @@ impl World {
             self.answer_asked();
             let now = self.at();
             self.store.engine.handle_timeout(now);
-            assert!(self.store.engine.poll_timeout().is_none_or(|at| at > now), "what fired is armed again");
-            for plane in &mut self.planes {
-                plane.engine.handle_timeout(now);
-                assert!(plane.engine.poll_timeout().is_none_or(|at| at > now), "what fired is armed again");
-            }
+            self.planes.iter_mut().for_each(|plane| plane.engine.handle_timeout(now));
             self.drain();
+            let mut timeouts = self.planes.iter().map(|plane| plane.engine.poll_timeout());
+            assert!(timeouts.all(|at| at.is_none_or(|at| at > now)), "what fired is armed again");
+            assert!(self.store.engine.poll_timeout().is_none_or(|at| at > now), "what fired is armed again");
         }
         if end != u64::MAX {
             self.now = self.now.max(end);

@@ -447,10 +447,12 @@ impl OfferEngine {
         Some(event)
     }
 
-    /// When to call [`handle_timeout`](Self::handle_timeout) at the latest.
+    /// When to call [`handle_timeout`](Self::handle_timeout) and [`poll_transmit`](Self::poll_transmit) at the latest. It
+    /// is not after `now` for as long as something can be sent.
     #[inline]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        (self.next_timeout != Instant::FAR).then_some(self.next_timeout)
+        let own = (self.next_timeout != Instant::FAR).then_some(self.next_timeout);
+        own.into_iter().chain(self.serve.poll_timeout()).min()
     }
 
     /// Ends offers whose deadline has come. Does nothing before [`poll_timeout`](Self::poll_timeout).
