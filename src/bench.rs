@@ -19,6 +19,7 @@ use store::kv_file::KvFile;
 use crate::bench_tx::{self, TxFlags};
 use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
 use crate::flags::{EalFlags, NamespaceFlags, PortFlags};
+use crate::out::print_line;
 use crate::{bench_codec, bench_gpu, bench_pages};
 
 #[derive(Debug, Subcommand)]
@@ -107,7 +108,7 @@ fn rx(flags: &RxFlags) -> anyhow::Result<ExitCode> {
         });
         receive_only(&eal, &config, &wanted, Duration::from_secs(1), &stop)
     })?;
-    println!("{report}");
+    print_line!("{report}")?;
     Ok(ExitCode::SUCCESS)
 }
 

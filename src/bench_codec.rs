@@ -29,6 +29,7 @@ use serde_json::{Value, json};
 use store::kv_file::KvFile;
 
 use crate::bench_codec_device::{self, Device, DeviceQueue, PlaneBytes, SEGMENT_BYTES};
+use crate::out::print_line;
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
@@ -400,11 +401,11 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
             }
             if planes_by_device < planes.len() && !flags.json {
                 let left = planes.len() - planes_by_device;
-                println!(
+                print_line!(
                     "{name}: {left} of {} planes of {} are too large for it or have no section",
                     planes.len(),
                     case.plane_codec.codec
-                );
+                )?;
             }
         }
     }
@@ -421,9 +422,9 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         "results": results,
     });
     if flags.json {
-        println!("{report}");
+        print_line!("{report}")?;
     } else {
-        print(&report);
+        print(&report)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -539,14 +540,14 @@ fn core_ghz(cpu: usize) -> anyhow::Result<f64> {
     .expect("the chain does not panic")
 }
 
-fn print(report: &Value) {
-    println!(
+fn print(report: &Value) -> anyhow::Result<()> {
+    print_line!(
         "machine: {}, {:.2} GHz, {}",
         report["machine"],
         report["core_ghz"].as_f64().unwrap_or(0.0),
         report["isa"]
-    );
-    println!("planes: {}, {}", report["input"], report["shape"]);
+    )?;
+    print_line!("planes: {}, {}", report["input"], report["shape"])?;
     let columns: [(&str, &str, usize); 12] = [
         ("ratio", "ratio", 2),
         ("encoded_gbps", "Gbps in", 1),
@@ -576,5 +577,5 @@ fn print(report: &Value) {
         );
         table.add_row(row);
     }
-    println!("{table}");
+    print_line!("{table}")
 }

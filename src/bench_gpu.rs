@@ -24,6 +24,7 @@ use hugepages::{Arena, ArenaConfig, DeviceWritable, PageChoice, Slot, Slots};
 use serde_json::{Value, json};
 
 use crate::bench_pages::Description;
+use crate::out::print_line;
 
 /// Layers of the cache that is copied to.
 const LAYERS: u16 = 32;
@@ -83,7 +84,7 @@ pub(crate) fn hold(flags: &HolderFlags) -> anyhow::Result<ExitCode> {
     let cuda = Cuda::open(|number| number == flags.device)?;
     let uuid = cuda.devices().first().context("no such GPU")?.uuid;
     let memory = cuda.allocate(DeviceIndex(0), flags.bytes)?;
-    println!("{} {}", hex(&uuid), hex(&memory.export()?));
+    print_line!("{} {}", hex(&uuid), hex(&memory.export()?))?;
     let mut bytes = Vec::new();
     for line in std::io::stdin().lines() {
         let line = line?;
@@ -91,7 +92,7 @@ pub(crate) fn hold(flags: &HolderFlags) -> anyhow::Result<ExitCode> {
         let &["sum", offset, length] = words.as_slice() else { bail!("unknown request {line:?}") };
         bytes.resize(length.parse()?, 0);
         memory.read(offset.parse()?, &mut bytes)?;
-        println!("{}", hash(&bytes));
+        print_line!("{}", hash(&bytes))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -202,7 +203,7 @@ fn deliver_into(flags: &Flags, file: &Path, delivered_gbps: f64) -> anyhow::Resu
         }
     }
     let done = rate(bytes, begun.elapsed(), Duration::ZERO, 1);
-    println!("{}", json!({ "planes": number, "delivered_gbps": done.gbytes_per_s * 8.0 }));
+    print_line!("{}", json!({ "planes": number, "delivered_gbps": done.gbytes_per_s * 8.0 }))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -256,7 +257,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         "ring": bench.ring()?,
         "received": bench.received()?,
     });
-    println!("{report:#}");
+    print_line!("{report:#}")?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use store::kv_file;
 
 use crate::flags::{DEFAULT_SOCKET, NamespaceFlags};
+use crate::out::print_line;
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
@@ -105,7 +106,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     }
     let elapsed = begun.elapsed();
     let after: Value = serde_json::from_str(&client.stats()?)?;
-    println!("{}", report(&sum, elapsed, &before, &after));
+    print_line!("{}", report(&sum, elapsed, &before, &after))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -21,6 +21,7 @@ use protocol::wire::message::{self, Data};
 use serde_json::{Value, json};
 
 use crate::flags::EalFlags;
+use crate::out::print_line;
 
 #[derive(Debug, Args)]
 pub(crate) struct TxFlags {
@@ -82,7 +83,7 @@ pub(crate) fn run(flags: &TxFlags) -> anyhow::Result<ExitCode> {
         let mut bench = Bench::open(&eal, flags, &device, &sink, &heap)?;
         (bench.measure(flags.bursts)?, bench.attacher.in_flight())
     };
-    println!("{report}");
+    print_line!("{report}")?;
     if in_flight > 0 {
         bail!("{in_flight} packets were not freed by the device");
     }

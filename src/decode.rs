@@ -9,6 +9,8 @@ use compress::{ChunkView, Decoder, Shape, Side, plane_of};
 use serde_json::json;
 use store::kv_file::{self, SequenceShape};
 
+use crate::out::print_line;
+
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
     /// Encoded chunks of one sequence, one behind the other, as `shadowserve encode` writes them
@@ -34,12 +36,12 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     let tokens = tokens(flags.tokens_from.as_deref(), shape.tokens)?;
     kv_file::write(&flags.out, shape, &k, &v, &tokens)?;
     if flags.json {
-        println!(
+        print_line!(
             "{}",
             json!({ "chunks": chunks.len(), "tokens": shape.tokens, "encoded_bytes": bytes.len() })
-        );
+        )?;
     } else {
-        println!("{} chunks, {} tokens", chunks.len(), shape.tokens);
+        print_line!("{} chunks, {} tokens", chunks.len(), shape.tokens)?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -7,6 +7,7 @@ use dpdk::{CompressDev, Eal, EalConfig, LogLevel};
 use serde_json::{Map, Value, json};
 
 use crate::gpudirect;
+use crate::out::print_line;
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
@@ -50,14 +51,14 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         gpudirect::finding(&eal, flags.port.as_deref()),
     ];
     if flags.json {
-        println!("{}", to_json(&findings));
+        print_line!("{}", to_json(&findings))?;
         return Ok(ExitCode::SUCCESS);
     }
     for Finding { name, grade, found, advice } in &findings {
         let mark = if *grade == Grade::Good { "ok  " } else { "note" };
-        println!("{mark}  {name:<15} {found}");
+        print_line!("{mark}  {name:<15} {found}")?;
         if *grade == Grade::Lacking {
-            println!("{:<22} -> {advice}", "");
+            print_line!("{:<22} -> {advice}", "")?;
         }
     }
     Ok(ExitCode::SUCCESS)

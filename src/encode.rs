@@ -12,6 +12,7 @@ use store::kv_file::KvFile;
 
 use crate::flags::{CodecFlags, NamespaceFlags};
 use crate::make_profile;
+use crate::out::print_line;
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
@@ -69,7 +70,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     if let Some(out) = &flags.out {
         write_whole(out, &chunks.concat())?;
     }
-    report(flags, &codecs, 2 * shape.tensor_bytes(), &chunks);
+    report(flags, &codecs, 2 * shape.tensor_bytes(), &chunks)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -116,7 +117,7 @@ fn permissions() -> std::fs::Permissions {
     std::os::unix::fs::PermissionsExt::from_mode(0o666)
 }
 
-fn report(flags: &Flags, codecs: &Codecs, raw_bytes: usize, chunks: &[Vec<u8>]) {
+fn report(flags: &Flags, codecs: &Codecs, raw_bytes: usize, chunks: &[Vec<u8>]) -> anyhow::Result<()> {
     let encoded_bytes: usize = chunks.iter().map(Vec::len).sum();
     #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
     let ratio = raw_bytes as f64 / encoded_bytes as f64;
@@ -129,9 +130,12 @@ fn report(flags: &Flags, codecs: &Codecs, raw_bytes: usize, chunks: &[Vec<u8>]) 
             "ratio": ratio,
             "profile": flags.make_profile,
         });
-        println!("{object}");
+        print_line!("{object}")
     } else {
         let count = chunks.len();
-        println!("{}: {count} chunks, {raw_bytes} bytes in {encoded_bytes}, ratio {ratio:.3}", codecs.name());
+        print_line!(
+            "{}: {count} chunks, {raw_bytes} bytes in {encoded_bytes}, ratio {ratio:.3}",
+            codecs.name()
+        )
     }
 }

@@ -15,6 +15,7 @@ use dpdk::{Burst, Eal, EalConfig, Mbuf, Pool, PoolConfig, Port, PortConfig, RxQu
 use serde_json::{Value, json};
 
 use crate::flags::{self, EalFlags};
+use crate::out::print_line;
 
 /// Packets that may be held back in one direction; those beyond go on at once.
 const HELD: usize = 4096;
@@ -95,7 +96,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     }
     let report: serde_json::Map<String, Value> =
         ways.iter().map(|way| (way.name.clone(), way.counts.to_json())).collect();
-    println!("{}", Value::Object(report));
+    print_line!("{}", Value::Object(report))?;
     Ok(ExitCode::SUCCESS)
 }
 

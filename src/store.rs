@@ -13,6 +13,7 @@ use store::keeper::Keeper;
 use store::load::{LoadConfig, Share};
 
 use crate::flags::{self, CodecFlags, EalFlags, NamespaceFlags, PortFlags, STORE_UDP_PORT};
+use crate::out::print_line;
 
 #[derive(Debug, Args)]
 pub(crate) struct Flags {
@@ -109,7 +110,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
     };
     let report = store::run(&eal, &config, &mut keeper, &stop)?;
     if flags.json {
-        println!("{report}");
+        print_line!("{report}")?;
     }
     Ok(ExitCode::SUCCESS)
 }
