@@ -245,6 +245,9 @@ def main():
     show(rows)
     print("\nKL divergence of CacheGen's quantizer over that of profiles, at equal ratio:")
     print("  ".join(f"{at['ratio']:.2f}: {at['kl_cachegen_over_profile']:.2f}" for at in curves))
+    for passage in passages[1:]:
+        over = [at["kl_cachegen_over_profile"] for at in compare_curves([row | row["texts"][passage.name] for row in rows])]
+        print(f"{passage.name} alone: {min(over):.2f} to {max(over):.2f}")
 
 
 if __name__ == "__main__":
