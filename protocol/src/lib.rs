@@ -9,6 +9,7 @@
 //! - [`frame`]: an Ethernet frame to a datagram for one of our ports, and back;
 //! - [`neighbour`]: which MAC address a store or gateway has (ARP, neighbour discovery);
 //! - [`fetch`]: the data plane's engine, which asks for what it wants and pays with credit;
+//! - `pull`: how both pull, a data plane that fetches and a store that is put something: credit, and what is lost;
 //! - [`serve`]: the store's engine, which sends what it was asked for, in fair turns, and remembers nothing else;
 //! - [`put`]: the other direction, from a data plane into a store: both ends;
 //! - [`key`]: how chunks are named;
@@ -25,6 +26,7 @@ pub mod neighbour;
 pub mod path_mtu;
 pub mod paths;
 pub mod placement;
+mod pull;
 pub mod put;
 pub mod reason;
 pub mod serve;

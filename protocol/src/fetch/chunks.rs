@@ -1,6 +1,7 @@
 //! Chunk slots: from a chunk's lookup to its last plane.
 
 use crate::chunk::{ChunkInfo, ChunkLayout, PlaneRange};
+use crate::pull::PathIndex;
 use crate::time::Instant;
 use crate::wire::message::ErrorCode;
 
@@ -35,15 +36,15 @@ impl<L: ChunkLayout> FetchEngine<L> {
     }
 
     pub(super) fn count_chunk(&mut self, store: StoreIndex) {
-        let store = self.store(store);
-        store.chunks += 1;
-        self.busy_stores += u32::from(store.chunks == 1);
+        let path = self.puller.path_mut(PathIndex(store.0));
+        path.users += 1;
+        self.busy_stores += u32::from(path.users == 1);
     }
 
     fn uncount_chunk(&mut self, store: StoreIndex) {
-        let store = self.store(store);
-        store.chunks -= 1;
-        self.busy_stores -= u32::from(store.chunks == 0);
+        let path = self.puller.path_mut(PathIndex(store.0));
+        path.users -= 1;
+        self.busy_stores -= u32::from(path.users == 0);
         // The other stores' shares have grown.
         self.ready_blocked = false;
         self.admit_blocked = false;

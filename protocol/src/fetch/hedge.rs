@@ -10,6 +10,7 @@
 //! (`timers.rs`); a twin then keeps what it has.
 
 use crate::chunk::ChunkLayout;
+use crate::pull::Span;
 use crate::time::Instant;
 
 use super::event::StoreIndex;
@@ -23,18 +24,26 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if self.config.hedge_percent == 0 || self.placement.replicas() == 1 {
             return;
         }
-        let entry = &self.stores[usize::from(store.0)];
-        let since = entry.quiet_since();
-        if entry.hedged_since == since || entry.is_silent() {
+        let path = self.path(store);
+        let since = path.quiet_since();
+        if self.stores[usize::from(store.0)].hedged_since == since || path.is_silent() {
             return;
         }
-        let hedge_at = since.plus_nanos(entry.hedge_after());
+        let hedge_at = since.plus_nanos(self.hedge_after(store));
         if hedge_at > now {
             self.arm(hedge_at);
             return;
         }
         self.store(store).hedged_since = since;
         self.hedge(store);
+    }
+
+    /// How long a store's response may take, nanoseconds, before a replica is asked: the 99th percentile of those seen, but no less than
+    /// a usual one.
+    pub(super) fn hedge_after(&self, store: StoreIndex) -> u64 {
+        let rtt = &self.path(store).rtt;
+        let usual = rtt.smoothed().map_or(0, |rtt| rtt + rtt / 2);
+        self.stores[usize::from(store.0)].latency.p99().unwrap_or(rtt.pto()).max(usual)
     }
 
     #[cold]
@@ -58,7 +67,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let asked = self.counters.segments_asked - self.hedge_counted;
         self.hedge_counted = self.counters.segments_asked;
         let earned = u32::try_from(asked * u64::from(self.config.hedge_percent) / 100).unwrap_or(u32::MAX);
-        let most = self.link.cap().max(self.plane_segments);
+        let most = self.puller.link().cap().max(self.plane_segments);
         self.hedge_credit = self.hedge_credit.saturating_add(earned).min(most);
     }
 
@@ -70,7 +79,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.chunk_todo.copy_within(from.clone(), to.start);
         let before = self.hedge_credit;
         for index in TransferIndex::all(usize::from(self.config.active_planes)) {
-            let Transfer { chunk, state, plane, segments, asked, .. } = self.transfers[index.at()];
+            let Transfer { chunk, state, plane, .. } = self.transfers[index.at()];
+            let Span { segments, asked, .. } = *self.puller.span(index);
             if chunk != main || state != TransferState::Receiving {
                 continue;
             }

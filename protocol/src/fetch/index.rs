@@ -1,35 +1,7 @@
 //! Index types of the engine's tables, and lists threaded through them.
 
-/// Position in one of the engine's tables.
-pub(super) trait Index: Copy + Eq {
-    /// As an array index.
-    fn at(self) -> usize;
-}
-
-macro_rules! index {
-    ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
-        $(
-            $(#[doc = $doc])+
-            #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-            pub(super) struct $name(pub(super) u16);
-
-            impl Index for $name {
-                #[inline(always)]
-                fn at(self) -> usize {
-                    usize::from(self.0)
-                }
-            }
-
-            impl $name {
-                /// Every index of a table of `len` entries; the configuration bounds `len`.
-                #[allow(dead_code, reason = "not every table is walked")]
-                pub(super) fn all(len: usize) -> impl DoubleEndedIterator<Item = $name> {
-                    (0..u16::try_from(len).expect("tables have fewer than 65,536 entries")).map($name)
-                }
-            }
-        )+
-    };
-}
+pub(super) use crate::pull::{Index, SpanIndex as TransferIndex};
+use crate::pull::index;
 
 index! {
     /// A fetch under way.
@@ -38,10 +10,6 @@ index! {
     LookupIndex,
     /// A chunk being looked up or pulled.
     ChunkIndex,
-    /// A transfer: planes first, then one per chunk slot for its header.
-    TransferIndex,
-    /// A PULL under way.
-    AskIndex,
     /// A key that is looked up: one per chunk slot first, then those of each lookup.
     QueryIndex,
     /// A LOOKUP message: a few of each store, one store behind the other.

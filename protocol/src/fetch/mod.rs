@@ -4,20 +4,13 @@
 //! that should hold it (`query.rs`), its header is pulled into the engine's own memory and read by the [`ChunkLayout`]
 //! (`chunks.rs`); its planes get *transfers*, each of which reserves memory for all of its segments, so that no
 //! two half-arrived planes can ever wait for each other's memory (`planes.rs`); segments are asked for in PULLs
-//! (`send.rs`, `asks.rs`) and land in the transfer's bitmap (`receive.rs`, `segments.rs`).
+//! (`send.rs`) and land in the transfer's bitmap (`receive.rs`).
 //!
-//! Credit, from the outside in: the link's (`link.rs`: what it holds and a burst), spaced in time (`pace.rs`); each store's
-//! window (`window.rs`: congestion control by delay, marks and overflow); memory (`memory_segments`). A PULL goes out
-//! when all three have room for it, for the fetch that `schedule.rs` puts first.
-//!
-//! Loss: what was asked for before something that has arrived is lost once it is late (`rack.rs`); if nothing arrives at
-//! all, the last segment is asked for again, then everything (`timers.rs`, by the estimates of `rtt.rs`). A store that
-//! stays silent or says that it is busy loses its chunks to replicas, where `placement.rs` names some; while it is only slow, a replica is
+//! Credit, and what is lost, are the affair of `crate::pull`, and memory (`memory_segments`) is ours. A PULL goes out when there is room
+//! for it, for the fetch that `schedule.rs` puts first. A store that stays silent or says that it is busy loses its chunks to replicas, where `placement.rs` names some; while it is only slow, a replica is
 //! asked too (`hedge.rs`).
 //!
 //! No store can hold all chunk slots, transfers or memory while there are other stores.
-mod asks;
-pub(crate) mod bits;
 mod chunks;
 mod config;
 mod counters;
@@ -25,23 +18,16 @@ mod event;
 mod hedge;
 mod index;
 mod latency;
-mod link;
-mod pace;
 mod planes;
 mod query;
-mod rack;
 mod receive;
-mod rtt;
 mod schedule;
-mod segments;
 mod send;
 mod start;
 mod store;
 mod tables;
-pub(crate) mod tag;
 mod timers;
 mod unreachable;
-mod window;
 
 pub use config::{ConfigError, FetchConfig};
 pub use counters::FetchCounters;
@@ -58,21 +44,16 @@ use std::time::Duration;
 use crate::chunk::{ChunkInfo, ChunkLayout, PlaneRanges};
 use crate::key::Key;
 use crate::placement::Placement;
-use crate::time::{Instant, nanos_of};
+use crate::pull::{Budgets, Path, PathIndex, Puller, Span, bits, tag};
+use crate::time::Instant;
 use crate::wire::message::MAX_LOOKUP_KEYS;
 
-use asks::Asks;
 use config::REQUESTS_PER_STORE;
-use index::{AskIndex, ChunkIndex, Index, JobIndex, Links, LookupIndex, QueryIndex, TransferIndex};
-use link::Link;
-use pace::Pacer;
+use index::{ChunkIndex, Index, JobIndex, Links, LookupIndex, QueryIndex, TransferIndex};
 use query::{Answer, Query, Request};
-use segments::Word;
 use store::Store;
 use tables::{ChunkSlot, Job, LookupJob, Transfer, TransferState};
 
-/// Most PULLs under way: enough for 400 Gbit/s over 10 ms in PULLs of 64 segments.
-const MAX_ASKS: u32 = 8192;
 /// Most keys of one LOOKUP.
 const MAX_REQUEST_KEYS: u32 = 40;
 const _: () = assert!(MAX_REQUEST_KEYS as usize == MAX_LOOKUP_KEYS);
@@ -116,10 +97,8 @@ pub struct FetchEngine<L> {
     config: FetchConfig,
     placement: Placement,
     layout: L,
-    tolerance_ns: u64,
     plane_segments: u32,
-    /// Words of a transfer's bitmap, of a chunk's set of planes.
-    segment_words: usize,
+    /// Words of a chunk's set of planes.
     plane_words: usize,
 
     jobs: Box<[Job]>,
@@ -144,11 +123,9 @@ pub struct FetchEngine<L> {
     chunk_corrupt: Box<[u8]>,
     transfers: Box<[Transfer]>,
     transfer_links: Links<TransferIndex>,
-    /// For each transfer, its segments, and by which PULL each was asked for last.
-    segments: Box<[Word]>,
-    asked_by: Box<[AskIndex]>,
-    asks: Asks,
     stores: Box<[Store]>,
+    /// What is under way: a span for each transfer, a path for each store.
+    puller: Puller,
 
     free_jobs: Vec<JobIndex>,
     free_lookups: Vec<LookupIndex>,
@@ -166,15 +143,8 @@ pub struct FetchEngine<L> {
     admit_blocked: bool,
     /// The latest time that the caller has told.
     now: Instant,
-    /// Nothing of a store is late before this; no deadline comes before that; nothing is sent before the last.
-    next_timeout: Instant,
+    /// No deadline comes before.
     next_deadline: Instant,
-    paced_until: Instant,
-    link: Link,
-    pacer: Pacer,
-    /// Whether a store's window met congestion in this round of the link.
-    congested: bool,
-    in_flight: u32,
     memory: u32,
     /// A store from which large segments seem not to come through.
     suspect: Option<StoreIndex>,
@@ -221,7 +191,6 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let keys = config.max_chunks_per_fetch as usize;
         let per_chunk = usize::from(config.max_planes_per_chunk);
         let header_segments = config.max_header_bytes.div_ceil(u32::from(config.segment_bytes));
-        let segment_words = bits::words(config.plane_segments().max(header_segments));
         let plane_words = bits::words(u32::from(config.max_planes_per_chunk));
         let seed = config.seed;
         let tag = |slot: usize| tag::first(u16::try_from(slot).expect("checked by FetchConfig"), seed);
@@ -229,12 +198,22 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let queries = chunks + lookups * MAX_LOOKUP_KEYS;
         let stores = usize::from(config.stores);
         let requests = stores * usize::from(REQUESTS_PER_STORE);
-        let asks = config.window_segments.min(config.memory_segments).clamp(64, MAX_ASKS);
+        let budgets = Budgets {
+            paths: stores,
+            spans: planes + chunks,
+            span_segments: config.plane_segments().max(header_segments),
+            segment_bytes: config.segment_bytes,
+            window_segments: config.window_segments,
+            memory_segments: config.memory_segments,
+            link_mbps: config.link_mbps,
+            queue_tolerance: config.queue_tolerance,
+            rto_min: config.rto_min,
+            rto_max: config.rto_max,
+            seed,
+        };
         Ok(FetchEngine {
             placement,
-            tolerance_ns: nanos_of(config.queue_tolerance),
             plane_segments: config.plane_segments(),
-            segment_words,
             plane_words,
             jobs: vec![Job::FREE; jobs].into(),
             job_keys: vec![Key::default(); jobs * keys].into(),
@@ -254,10 +233,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
             chunk_corrupt: vec![0; chunks * per_chunk].into(),
             transfers: (0..planes + chunks).map(|slot| Transfer::free(tag(slot))).collect(),
             transfer_links: vec![None; planes + chunks].into(),
-            segments: vec![Word::default(); (planes + chunks) * segment_words].into(),
-            asked_by: vec![AskIndex(0); (planes + chunks) * segment_words * 64].into(),
-            asks: Asks::new(asks as usize, seed),
-            stores: vec![Store::new(&config); stores].into(),
+            stores: vec![Store::new(config.segment_bytes); stores].into(),
+            puller: Puller::new(&budgets),
             free_jobs: JobIndex::all(jobs).rev().collect(),
             free_lookups: LookupIndex::all(lookups).rev().collect(),
             free_chunks: ChunkIndex::all(chunks).rev().collect(),
@@ -270,13 +247,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             ready_blocked: false,
             admit_blocked: false,
             now: Instant::ZERO,
-            next_timeout: Instant::FAR,
             next_deadline: Instant::FAR,
-            paced_until: Instant::FAR,
-            link: Link::new(config.link_mbps, config.segment_bytes, config.window_segments),
-            pacer: Pacer::UNPACED,
-            congested: false,
-            in_flight: 0,
             memory: 0,
             suspect: None,
             hedge_credit: 0,
@@ -316,14 +287,15 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let transfer = &mut self.transfers[index.at()];
         assert_eq!(transfer.state, TransferState::Arrived, "a plane is announced once");
         transfer.state = TransferState::Announced;
+        let Span { bytes, segments, .. } = *self.puller.span(index);
         let slot = &self.chunks[transfer.chunk.at()];
         Event::PlaneArrived {
             transfer: TransferId(transfer.tag),
             fetch: self.jobs[slot.job.at()].id,
             chunk: slot.chunk,
             plane: transfer.plane,
-            bytes: transfer.bytes,
-            segments: transfer.segments,
+            bytes,
+            segments,
         }
     }
 
@@ -336,8 +308,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Where in its plane a segment lies, bytes, from the acceptance of one until the transfer's end.
     pub fn segment_offset(&self, transfer: TransferId, segment: u32) -> Option<u64> {
-        let found = self.transfers.get(transfer.slot()).filter(|found| found.tag == transfer.0)?;
-        Some(u64::from(segment) * u64::from(found.segment_bytes))
+        self.transfers.get(transfer.slot()).filter(|found| found.tag == transfer.0)?;
+        let span = self.puller.span(TransferIndex(tag::slot_of(transfer.0)));
+        Some(u64::from(segment) * u64::from(span.segment_bytes))
     }
 
     /// What the store said of the chunk that `transfer` belongs to, from `PlaneArrived` until its verdict.
@@ -367,7 +340,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
     /// When to call [`handle_timeout`](Self::handle_timeout) at the latest; may be earlier than anything is overdue.
     #[inline]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let at = self.next_timeout.min(self.next_deadline).min(self.paced_until);
+        let at = self.puller.poll_timeout().min(self.next_deadline);
         (at != Instant::FAR).then_some(at)
     }
 
@@ -390,7 +363,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Segments asked for and neither arrived nor given up; never above `window_segments`.
     pub fn in_flight_segments(&self) -> u32 {
-        self.in_flight
+        self.puller.in_flight()
     }
 
     /// Segments of memory spoken for; never above `memory_segments`.
@@ -415,27 +388,27 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Smoothed round-trip time of a store, once measured.
     pub fn round_trip(&self, store: StoreIndex) -> Option<Duration> {
-        self.stores.get(usize::from(store.0))?.rtt.smoothed().map(Duration::from_nanos)
+        self.known_path(store)?.rtt.smoothed().map(Duration::from_nanos)
     }
 
     /// Segments that may be asked of a store as things are: its window, within the link's credit.
     pub fn window_segments(&self, store: StoreIndex) -> Option<u32> {
-        Some(self.stores.get(usize::from(store.0))?.window.limit().min(self.link.cap()))
+        self.known_path(store).map(|_| self.puller.window_of(PathIndex(store.0)))
     }
 
     /// Segments that may be under way over all stores, as the link has it.
     pub fn link_segments(&self) -> u32 {
-        self.link.cap()
+        self.puller.link().cap()
     }
 
     /// Segments that may be under way beyond what the link holds.
     pub fn burst_segments(&self) -> u32 {
-        self.link.burst()
+        self.puller.link().burst()
     }
 
     /// Whether a store has not answered for so long that replicas are asked instead.
     pub fn is_silent(&self, store: StoreIndex) -> bool {
-        self.stores.get(usize::from(store.0)).is_some_and(Store::is_silent)
+        self.known_path(store).is_some_and(Path::is_silent)
     }
 
     /// Where chunks are placed.
@@ -452,10 +425,20 @@ impl<L: ChunkLayout> FetchEngine<L> {
         &mut self.stores[usize::from(store.0)]
     }
 
+    /// What is known of the way to a store.
+    #[inline]
+    fn path(&self, store: StoreIndex) -> &Path {
+        self.puller.path(PathIndex(store.0))
+    }
+
+    fn known_path(&self, store: StoreIndex) -> Option<&Path> {
+        (store.0 < self.config.stores).then(|| self.path(store))
+    }
+
     /// Makes sure that [`handle_timeout`](Self::handle_timeout) is called by `at`.
     #[inline]
     fn arm(&mut self, at: Instant) {
-        self.next_timeout = self.next_timeout.min(at);
+        self.puller.arm(at);
     }
 
     /// Makes sure that deadlines are looked at by `at`.
@@ -494,10 +477,6 @@ impl<L: ChunkLayout> FetchEngine<L> {
     fn admitted_range(&self, job: JobIndex) -> Range<usize> {
         let words = bits::words(self.config.max_chunks_per_fetch);
         job.at() * words..(job.at() + 1) * words
-    }
-
-    fn segment_range(&self, transfer: TransferIndex) -> Range<usize> {
-        transfer.at() * self.segment_words..(transfer.at() + 1) * self.segment_words
     }
 
     /// The transfer that pulls the header of `chunk`.

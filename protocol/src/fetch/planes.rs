@@ -1,15 +1,14 @@
 //! Transfers: from a plane's start to its verdict.
 
 use crate::chunk::ChunkLayout;
+use crate::pull::PathIndex;
 use crate::time::Instant;
 use crate::wire::message::SEGMENT_ALIGN;
 
-use super::asks::Ask;
 use super::event::{ChunkFailure, StoreIndex, TransferId, Verdict};
-use super::index::{AskIndex, ChunkIndex, Index, JobIndex, List, TransferIndex};
-use super::segments::Word;
+use super::index::{ChunkIndex, Index, JobIndex, List, TransferIndex};
 use super::tables::{ChunkState, JobState, Transfer, TransferState};
-use super::{FetchEngine, Queued, bits, segments, tag};
+use super::{FetchEngine, Queued, bits, tag};
 
 /// Chunks of a fetch that are looked at for the one whose store has least to send.
 const LOOK_AHEAD: usize = 16;
@@ -36,12 +35,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
         {
             return started;
         }
-        let cap = self.link.cap();
         let mut next = self.jobs[job.at()].to_start.front();
         while let Some(chunk) = next {
             next = List::behind(&self.chunk_links, chunk);
-            let store = &self.stores[usize::from(self.chunks[chunk.at()].store.0)];
-            if store.room(self.now, cap, self.link.pull()) == 0 {
+            let path = PathIndex(self.chunks[chunk.at()].store.0);
+            if self.puller.room_of(self.now, path) == 0 {
                 continue;
             }
             match self.start_plane_of(job, chunk) {
@@ -63,10 +61,11 @@ impl<L: ChunkLayout> FetchEngine<L> {
         for _ in 0..LOOK_AHEAD {
             let Some(chunk) = next else { break };
             next = List::behind(&self.chunk_links, chunk);
-            let store = &self.stores[usize::from(self.chunks[chunk.at()].store.0)];
-            let is_open = store.room(self.now, self.link.cap(), self.link.pull()) > 0;
-            if is_open && best.is_none_or(|(least, _)| store.in_flight < least) {
-                best = Some((store.in_flight, chunk));
+            let path = PathIndex(self.chunks[chunk.at()].store.0);
+            let (is_open, in_flight) =
+                (self.puller.room_of(self.now, path) > 0, self.puller.path(path).in_flight());
+            if is_open && best.is_none_or(|(least, _)| in_flight < least) {
+                best = Some((in_flight, chunk));
             }
         }
         best.map(|(_, chunk)| chunk)
@@ -80,7 +79,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let store_index = self.chunks[chunk.at()].store;
         let segments = range.bytes.div_ceil(u32::from(self.store(store_index).segment_bytes));
         assert!(segments <= self.plane_segments, "checked when the header arrived");
-        if self.worth_of(store_index, segments.min(self.link.pull())).is_none() {
+        let wanted = segments.min(self.puller.link().pull());
+        if self.puller.worth_of(self.now, PathIndex(store_index.0), wanted).is_none() {
             return Started::Nothing;
         }
         if self.free_planes.is_empty() || self.memory + segments > self.config.memory_segments {
@@ -117,7 +117,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let Some(entry) = self.stores.get_mut(usize::from(store.0)) else { return };
         let before = std::mem::replace(&mut entry.segment_bytes, bytes);
         let largest = self.stores.iter().map(|store| store.segment_bytes).max().unwrap_or(bytes);
-        self.link.set_segment_bytes(largest);
+        self.puller.set_segment_bytes(largest);
         if bytes < before {
             self.begin_smaller(store, bytes);
         }
@@ -129,7 +129,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         for index in TransferIndex::all(self.transfers.len()) {
             let transfer = &self.transfers[index.at()];
             let is_under_way = transfer.state == TransferState::Receiving && transfer.store == store;
-            if !is_under_way || transfer.segment_bytes <= bytes {
+            if !is_under_way || self.puller.span(index).segment_bytes <= bytes {
                 continue;
             }
             let chunk = transfer.chunk;
@@ -140,12 +140,13 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
     }
 
-    /// Counts a PULL that is given up as lost; nothing came of several in large segments: perhaps the path does not carry them any more.
-    pub(super) fn suspect(&mut self, ask: AskIndex) {
-        let Ask { transfer, store, is_untouched, .. } = *self.asks.get(ask);
-        if !is_untouched || self.transfers[transfer.at()].segment_bytes <= self.config.segment_bytes {
+    /// Counts a PULL of a transfer of which nothing came; if that was so of several in large segments, perhaps the path does not carry them
+    /// any more.
+    pub(super) fn suspect(&mut self, index: TransferIndex) {
+        if self.puller.span(index).segment_bytes <= self.config.segment_bytes {
             return;
         }
+        let store = self.transfers[index.at()].store;
         let entry = &mut self.stores[usize::from(store.0)];
         entry.untouched += 1;
         if entry.untouched >= SUSPECT_PULLS {
@@ -171,10 +172,6 @@ impl<L: ChunkLayout> FetchEngine<L> {
         bytes: u32,
     ) {
         let segment_bytes = self.store(self.chunks[chunk.at()].store).segment_bytes;
-        let segments = bytes.div_ceil(u32::from(segment_bytes));
-        assert!(bytes > 0 && bits::words(segments) <= self.segment_words, "the range was checked before");
-        let words = self.segment_range(index);
-        self.segments[words].fill(Word::default());
         let slot = &mut self.chunks[chunk.at()];
         slot.transfers += 1;
         let store = slot.store;
@@ -184,71 +181,25 @@ impl<L: ChunkLayout> FetchEngine<L> {
             state: TransferState::Receiving,
             store,
             epoch: slot.epoch,
-            segments,
-            last_bytes: bytes - (segments - 1) * u32::from(segment_bytes),
-            segment_bytes,
-            bytes,
-            offset,
             chunk,
             plane,
             // A header's place in its queue outlives its use.
             listed: before.listed,
             ..Transfer::free(tag::next(before.tag))
         };
+        self.puller.begin(index, PathIndex(store.0), (offset, bytes), segment_bytes);
     }
 
-    /// Gives up all that is under way of a transfer, without a thought of asking for it again.
-    pub(super) fn leave_window(&mut self, index: TransferIndex) {
-        let (first, segments) = (index.at() * self.segment_words * 64, self.transfers[index.at()].segments);
-        let mut at = 0;
-        while self.transfers[index.at()].in_flight > 0 {
-            let words = &self.segments[self.segment_range(index)];
-            let segment = segments::next_asked(words, at, segments);
-            assert!(segment < segments, "what is under way is marked as asked for");
-            let ask = self.asked_by[first + segment as usize];
-            self.withdraw(ask);
-            at = segment + 1;
+    /// Goes on with what was given up: it is wanted again, before anything else of its fetch. `was_lost` says that it was for lost, and not
+    /// since it was refused.
+    pub(super) fn take_given_up(&mut self, was_lost: bool) {
+        while let Some(given_up) = self.puller.poll_given_up() {
+            if was_lost && given_up.was_in_vain {
+                self.suspect(given_up.span);
+            }
+            self.ready_blocked = false;
+            self.want_segments(given_up.span);
         }
-    }
-
-    /// Takes what a PULL still brings out of the window; gives its transfer, first segment and the segments.
-    pub(super) fn withdraw(&mut self, ask: AskIndex) -> (TransferIndex, u32, u64) {
-        let Ask { transfer, store, base, outstanding, .. } = *self.asks.get(ask);
-        let words = self.segment_range(transfer);
-        segments::clear_asked(&mut self.segments[words], base, outstanding);
-        let count = outstanding.count_ones();
-        self.transfers[transfer.at()].in_flight -= count;
-        self.in_flight -= count;
-        let store = &mut self.stores[usize::from(store.0)];
-        store.in_flight -= count;
-        self.asks.take(&mut store.asks, ask, outstanding);
-        self.ready_blocked = false;
-        (transfer, base, outstanding)
-    }
-
-    /// Gives up what a PULL still brings: it is wanted again, before anything else of its fetch.
-    pub(super) fn give_up(&mut self, ask: AskIndex) -> u32 {
-        let (index, base, outstanding) = self.withdraw(ask);
-        let transfer = &mut self.transfers[index.at()];
-        transfer.cursor = transfer.cursor.min(base + outstanding.trailing_zeros());
-        self.want_segments(index);
-        outstanding.count_ones()
-    }
-
-    /// Gives up the last segment that a PULL still brings.
-    pub(super) fn give_up_last(&mut self, ask: AskIndex) {
-        let Ask { transfer: index, store, base, outstanding, .. } = *self.asks.get(ask);
-        let last = 63 - outstanding.leading_zeros();
-        let words = self.segment_range(index);
-        segments::clear_asked(&mut self.segments[words], base, 1 << last);
-        let store = &mut self.stores[usize::from(store.0)];
-        self.asks.take(&mut store.asks, ask, 1 << last);
-        store.in_flight -= 1;
-        self.in_flight -= 1;
-        let transfer = &mut self.transfers[index.at()];
-        transfer.in_flight -= 1;
-        transfer.cursor = transfer.cursor.min(base + last);
-        self.want_segments(index);
     }
 
     /// Notes that a transfer has segments to ask for again.
@@ -288,7 +239,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Stops a transfer that is receiving, without a thought of its plane.
     pub(super) fn abandon(&mut self, index: TransferIndex) {
-        self.leave_window(index);
+        self.puller.leave(index);
+        self.ready_blocked = false;
         if self.is_header(index) {
             let transfer = &mut self.transfers[index.at()];
             transfer.state = TransferState::Free;
@@ -298,7 +250,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         self.counters.transfers_reset += 1;
         self.unlist_transfer(index);
         let transfer = &self.transfers[index.at()];
-        let (chunk, plane, empty) = (transfer.chunk, transfer.plane, transfer.arrived == 0);
+        let (chunk, plane, empty) = (transfer.chunk, transfer.plane, self.puller.span(index).arrived == 0);
         let begun = self.todo_range(chunk);
         bits::clear(&mut self.chunk_begun[begun], u32::from(plane));
         if empty {
@@ -322,9 +274,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
     /// Frees a plane's transfer and what it holds, without a look at its chunk.
     fn free_plane(&mut self, index: TransferIndex) {
         let transfer = &mut self.transfers[index.at()];
-        assert!(!transfer.listed && transfer.in_flight == 0, "nothing of it is wanted any more");
+        assert!(!transfer.listed, "nothing of it is wanted any more");
         transfer.state = TransferState::Free;
-        let (segments, store, chunk) = (transfer.segments, transfer.store, transfer.chunk);
+        let (segments, store, chunk) = (self.puller.span(index).segments, transfer.store, transfer.chunk);
         let store = self.store(store);
         store.planes -= 1;
         store.memory -= segments;

@@ -165,7 +165,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 .filter(move |(rank, _)| missing >> rank & 1 == 0)
         };
         held()
-            .find(|(_, store)| self.stores[usize::from(store.0)].is_usable(self.now))
+            .find(|(_, store)| self.path(*store).is_usable(self.now))
             .or_else(|| held().next())
     }
 
@@ -180,7 +180,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         let Query { rank, missing, unreachable, .. } = self.queries[query.at()];
         let (_, candidates) = self.wanted(query);
         self.choose(&candidates, missing | unreachable | 1 << rank)
-            .is_some_and(|(_, other)| self.stores[usize::from(other.0)].is_usable(self.now))
+            .is_some_and(|(_, other)| self.path(other).is_usable(self.now))
     }
 
     /// Begins to look a key up anew; gives it up if no store can be reached.
@@ -234,9 +234,10 @@ impl<L: ChunkLayout> FetchEngine<L> {
     fn knock_at_silent(&mut self, candidates: &Candidates, key: &Key) {
         let is_alone = candidates.as_slice().len() < 2;
         for store in candidates.as_slice() {
+            let is_silent = self.path(*store).is_silent();
             let entry = &mut self.stores[usize::from(store.0)];
             // One that is alone is asked anyway, unless it is gone.
-            let knocks = entry.is_silent() && (!is_alone || entry.is_gone(self.now));
+            let knocks = is_silent && (!is_alone || entry.is_gone(self.now));
             if knocks && entry.knock_at <= self.now {
                 entry.knock_at = self.now.plus_nanos(KNOCK_NS);
                 entry.knock = Some(*key);
@@ -282,7 +283,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         for _ in 0..self.due_stores.len() {
             let store = self.due_stores.pop_front()?;
             self.stores[usize::from(store.0)].is_due = false;
-            if self.stores[usize::from(store.0)].busy_until > self.now {
+            if self.path(store).is_busy(self.now) {
                 // Made due again when that is over.
                 continue;
             }
@@ -300,18 +301,18 @@ impl<L: ChunkLayout> FetchEngine<L> {
             entry.state = RequestState::Sent;
             entry.sent = entry.sent.saturating_add(1);
             entry.sent_at = now;
-            let waits = &self.stores[usize::from(store.0)];
             let queries = &self.queries;
             let tries =
                 entry.queries.iter().flatten().map(|query| queries[query.at()].tries).max().unwrap_or(0);
+            let sent = entry.sent;
             // The first time a replica may be quicker; after that it is a matter of loss, and of a round trip that may be
             // longer than was thought: replicas that are each asked too impatiently are never heard.
-            let wait = match (entry.sent, tries) {
-                (1, 0) if self.placement.replicas() > 1 => waits.hedge_after(),
-                (sent, tries) => waits.rtt.rto((sent - 1).saturating_add(tries)),
+            let wait = match (sent, tries) {
+                (1, 0) if self.placement.replicas() > 1 => self.hedge_after(store),
+                (sent, tries) => self.path(store).rtt.rto((sent - 1).saturating_add(tries)),
             };
-            entry.rto_at = now.plus_nanos(wait.max(1));
-            let rto_at = entry.rto_at;
+            let rto_at = now.plus_nanos(wait.max(1));
+            self.requests[request.at()].rto_at = rto_at;
             self.arm(rto_at);
             self.counters.lookups_sent += 1;
             return Some(Transmit { store, len });

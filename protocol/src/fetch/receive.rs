@@ -1,23 +1,15 @@
 //! Datagrams in: segments, lookup replies, errors.
 
 use crate::chunk::ChunkLayout;
+use crate::pull::{Arrival, PathIndex, Span};
 use crate::reason::DropReason;
 use crate::time::Instant;
 use crate::wire::message::{self, Data, ErrorCode, Message, Refusal, Subject};
 
 use super::event::{Accepted, StoreIndex, TransferId};
-use super::index::{AskIndex, Index, TransferIndex};
-use super::store::Store;
+use super::index::{Index, TransferIndex};
 use super::tables::{Transfer, TransferState};
-use super::window::Path;
-use super::{FetchEngine, Queued, segments, tag};
-
-/// The tolerated delay is at least this share of the least round trip.
-const TOLERANCE_SHARE: u64 = 4;
-/// Least time that a busy store is left alone, in microseconds.
-const LEAST_RETRY_US: u64 = 20;
-/// Most of the same: a store that says more is asked again all the same.
-const MOST_RETRY_NS: u64 = 50_000_000;
+use super::{FetchEngine, Queued, tag};
 
 impl<L: ChunkLayout> FetchEngine<L> {
     /// Takes in a UDP payload that came from `store`. An error is counted already.
@@ -99,47 +91,28 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if transfer.epoch != data.epoch {
             return Err(DropReason::StaleEpoch);
         }
-        if data.segment >= transfer.segments {
-            return Err(DropReason::BadSegment);
-        }
-        let is_last = data.segment + 1 == transfer.segments;
-        let bytes = if is_last { transfer.last_bytes } else { u32::from(transfer.segment_bytes) };
-        if data_bytes != bytes as usize {
-            return Err(DropReason::BadLength);
-        }
-        let first_word = index.at() * self.segment_words;
-        let (word, bit) = segments::place(data.segment);
-        let word = &mut self.segments[first_word + word];
-        if word.arrived & bit != 0 {
-            return Err(DropReason::Duplicate);
-        }
-        word.arrived |= bit;
-        transfer.arrived += 1;
-        let store = &mut self.stores[usize::from(store_index.0)];
-        let mut asked_by = None;
-        if word.asked & bit != 0 {
-            word.asked &= !bit;
-            let ask = self.asked_by[first_word * 64 + data.segment as usize];
-            asked_by = Some(ask);
-            transfer.in_flight -= 1;
-            store.in_flight -= 1;
-            self.in_flight -= 1;
-            let base = self.asks.get(ask).base;
-            self.asks.arrived(&mut store.asks, ask, 1 << (data.segment - base));
-        }
-        store.heard(now);
-        store.window.arrived(marked);
-        self.link.arrived(bytes);
+        let arrival = Arrival {
+            segment: data.segment,
+            bytes: data_bytes,
+            sequence: data.sequence,
+            waited_ns: data.waited_ns,
+            is_marked: marked,
+        };
+        let taken = self.puller.take_in(now, index, &arrival)?;
         self.ready_blocked = false;
-        let is_whole = transfer.arrived == transfer.segments;
-        self.note_answer(now, store_index, index, data, asked_by);
+        self.counters.segments_late += u64::from(taken.is_late);
+        let store = &mut self.stores[usize::from(store_index.0)];
+        store.gone_until = Instant::ZERO;
+        if let Some(rtt) = taken.round_trip {
+            store.latency.sample(rtt);
+        }
         if self.is_header(index) {
-            self.place_header(index, data, is_whole);
+            self.place_header(index, data, taken.is_whole);
             return Ok(Accepted::Control);
         }
         self.counters.segments_placed += 1;
-        self.counters.segment_bytes_placed += u64::from(bytes);
-        if is_whole {
+        self.counters.segment_bytes_placed += data_bytes as u64;
+        if taken.is_whole {
             self.plane_arrived(index);
         }
         let first = message::DATA_HEADER_BYTES;
@@ -150,97 +123,12 @@ impl<L: ChunkLayout> FetchEngine<L> {
         })
     }
 
-    /// Learns from the PULL that a segment answers: the round trip, what must be lost, whether it was lost at all. What
-    /// the store says of the PULL is believed only if that PULL was for this segment.
-    #[inline]
-    fn note_answer(
-        &mut self,
-        now: Instant,
-        store_index: StoreIndex,
-        index: TransferIndex,
-        data: &Data<'_>,
-        asked_by: Option<AskIndex>,
-    ) {
-        let Some(ask) = self.asks.find(data.sequence) else { return };
-        let place = data.segment.wrapping_sub(ask.base);
-        if ask.store != store_index || ask.transfer != index || place >= 64 {
-            return;
-        }
-        let (order, rtt) = (ask.order, now.nanos().saturating_sub(ask.sent_at.nanos()));
-        let is_first = place == 0;
-        let store = &mut self.stores[usize::from(store_index.0)];
-        if asked_by.is_none_or(|by| self.asks.get(by).sequence != data.sequence) {
-            self.counters.segments_late += 1;
-            store.rack.was_late(order, self.asks.last_order());
-        }
-        if is_first {
-            self.take_round_trip(now, store_index, rtt, u64::from(data.waited_ns));
-        }
-        let store = &mut self.stores[usize::from(store_index.0)];
-        if store.rack.arrived(order, rtt)
-            && let Some(smoothed) = store.rtt.smoothed()
-            && let Some(oldest) = store.asks.oldest()
-        {
-            let oldest = self.asks.get(oldest);
-            if let Some(at) = store.rack.lost_at(oldest.order, oldest.sent_at.nanos(), smoothed) {
-                self.arm(Instant::from_nanos(at));
-            }
-        }
-        if self.stores[usize::from(store_index.0)].window.is_over(order) {
-            self.end_store_round(store_index);
-        }
-        if self.link.is_over(order) {
-            self.end_link_round(now);
-        }
-    }
-
-    /// Takes in a round trip of something that was asked for once, or whose answer says by which PULL.
-    fn take_round_trip(&mut self, now: Instant, store: StoreIndex, rtt: u64, waited: u64) {
-        let entry = &mut self.stores[usize::from(store.0)];
-        let was_unknown = entry.rtt.least().is_none();
-        entry.rtt.sample(now.nanos(), rtt, waited);
-        entry.window.sample(rtt);
-        entry.latency.sample(rtt);
-        if was_unknown {
-            self.measure_base();
-        }
-    }
-
-    #[cold]
-    fn end_store_round(&mut self, store: StoreIndex) {
-        let entry = &mut self.stores[usize::from(store.0)];
-        let Some(base) = entry.rtt.least() else { return };
-        let tolerance = self.tolerance_ns.max(base / TOLERANCE_SHARE);
-        let path = Path { base, tolerance, most: self.link.cap() };
-        self.congested |= entry.window.end_round(self.asks.last_order(), &path);
-    }
-
-    #[cold]
-    fn end_link_round(&mut self, now: Instant) {
-        let full = self.in_flight >= self.link.cap() / 4 * 3;
-        self.link.end_round(now, self.asks.last_order(), self.congested, full);
-        self.congested = false;
-        self.measure_base();
-    }
-
-    /// Tells the link how far its farthest store is, of those that are asked for something.
-    fn measure_base(&mut self) {
-        let asked = self.stores.iter().filter(|store| store.chunks > 0 || store.in_flight > 0);
-        // Jitter keeps segments under way for longer without filling a queue.
-        let usual = |store: &Store| store.rtt.least().map(|least| least + store.window.spread().min(least));
-        if let Some(base) = asked.filter_map(usual).max() {
-            self.link.set_base(base);
-        }
-        let (rate, wire_bytes) = self.link.pace();
-        self.pacer.set_rate(rate, wire_bytes, self.link.burst());
-    }
-
     fn plane_arrived(&mut self, index: TransferIndex) {
         self.unlist_transfer(index);
         let transfer = &mut self.transfers[index.at()];
-        assert_eq!(transfer.in_flight, 0, "a transfer that is whole has nothing in flight");
         transfer.state = TransferState::Arrived;
-        let Transfer { chunk, plane, store, bytes, segment_bytes, .. } = *transfer;
+        let Transfer { chunk, plane, store, .. } = *transfer;
+        let Span { bytes, segment_bytes, .. } = *self.puller.span(index);
         if bytes.min(segment_bytes.into()) > u32::from(self.config.segment_bytes) {
             self.stores[usize::from(store.0)].untouched = 0;
         }
@@ -255,7 +143,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
     }
 
     fn place_header(&mut self, index: TransferIndex, data: &Data<'_>, is_whole: bool) {
-        let Transfer { chunk, segment_bytes, .. } = self.transfers[index.at()];
+        let Transfer { chunk, .. } = self.transfers[index.at()];
+        let segment_bytes = self.puller.span(index).segment_bytes;
         let offset = data.segment as usize * usize::from(segment_bytes);
         let header = self.header_range(chunk);
         self.chunk_headers[header][offset..offset + data.payload.len()].copy_from_slice(data.payload);
@@ -286,15 +175,22 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Takes in that a store answered a LOOKUP, with the round trip if that is known.
     pub(super) fn heard_reply(&mut self, now: Instant, store: StoreIndex, rtt: Option<u64>) {
-        self.store(store).heard(now);
+        self.heard(now, store);
         self.ready_blocked = false;
         if let Some(rtt) = rtt {
-            self.take_round_trip(now, store, rtt, 0);
+            self.puller.take_round_trip(now, PathIndex(store.0), rtt, 0);
+            self.store(store).latency.sample(rtt);
         }
     }
 
+    /// Something other than a segment came from a store.
+    fn heard(&mut self, now: Instant, store: StoreIndex) {
+        self.puller.path_mut(PathIndex(store.0)).heard(now);
+        self.store(store).gone_until = Instant::ZERO;
+    }
+
     fn handle_refusal(&mut self, store: StoreIndex, refusal: &Refusal) -> Result<(), DropReason> {
-        let retry_ns = u64::from(refusal.retry_us).max(LEAST_RETRY_US) * 1000;
+        let retry_ns = u64::from(refusal.retry_us) * 1000;
         if refusal.subject == Subject::Lookup {
             self.put_off(store, refusal.tag)?;
             self.rest(store, retry_ns, None);
@@ -314,7 +210,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         let chunk = transfer.chunk;
         let now = self.now;
-        self.store(store).heard(now);
+        self.heard(now, store);
         if refusal.code == ErrorCode::Busy {
             self.rest(store, retry_ns, Some(refusal.sequence));
         } else {
@@ -327,19 +223,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
     /// brought is wanted again; chunks go to replicas.
     fn rest(&mut self, store: StoreIndex, nanos: u64, refused: Option<u32>) {
         self.counters.busy += 1;
-        if let Some(ask) = refused.and_then(|sequence| self.asks.under_way(sequence, store)) {
-            self.give_up(ask);
-        }
-        let until = self.now.plus_nanos(nanos.min(MOST_RETRY_NS));
-        let entry = self.store(store);
-        if entry.busy_until <= until {
-            if entry.busy_until == Instant::ZERO {
-                let in_flight = entry.in_flight;
-                entry.window.busy(in_flight);
-            }
-            entry.busy_until = until;
-            self.arm(until);
-        }
+        self.puller.rest(self.now, PathIndex(store.0), nanos, refused);
+        self.take_given_up(false);
         self.leave_store(store);
     }
 }

@@ -1,20 +1,18 @@
 //! Messages out: which LOOKUP or PULL goes next, and whether credit allows it.
 
 use crate::chunk::ChunkLayout;
+use crate::pull::Worth;
 use crate::time::Instant;
-use crate::wire::message::{self, MAX_CONTROL_BYTES, MAX_PULL_RUNS, PullRange, Run};
+use crate::wire::message::MAX_CONTROL_BYTES;
 
 use super::event::{StoreIndex, Transmit};
 use super::index::{Index, JobIndex, List, TransferIndex};
 use super::planes::Started;
-use super::tables::{ChunkState, JobState, TransferState};
-use super::{FetchEngine, bits, segments};
+use super::tables::{ChunkState, JobState, Transfer, TransferState};
+use super::{FetchEngine, bits};
 
 /// How far beyond the first chunk without a slot another may be given one, because the first's store has its share.
 const LOOK_AHEAD: u32 = 64;
-/// A PULL covers 64 segments, so it has at most half as many runs.
-const PULL_RUNS: usize = 32;
-const _: () = assert!(PULL_RUNS <= MAX_PULL_RUNS);
 
 /// What a fetch did with its turn.
 enum Turn {
@@ -39,20 +37,15 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if self.due_stores.is_empty() && self.due_headers.is_empty() && self.ready_blocked {
             return None;
         }
-        if self.pacer.next() > now {
-            self.paced_until = self.pacer.next();
+        if self.puller.is_paced(now) {
             return None;
         }
         if let Some(transmit) = self.send_request(now, out) {
             // The answers to many LOOKUPs come in one go too.
-            self.pacer.spend(now, 1);
+            self.puller.spend_one(now);
             return Some(transmit);
         }
-        if self.in_flight >= self.link.cap() {
-            self.link.is_full();
-            return None;
-        }
-        if !self.asks.has_room() {
+        if !self.puller.has_credit() {
             return None;
         }
         self.send_header_pull(now, out).or_else(|| self.send_plane_pull(now, out))
@@ -144,7 +137,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             if let Some(first_plane) = self.first_plane(chunk, planes) {
                 let key = &self.job_keys[self.job_key(index, chunk)];
                 let store = self.store_for(self.jobs[index.at()].sources, key);
-                if self.stores[usize::from(store.0)].chunks < store_share {
+                if self.path(store).users < store_share {
                     self.open_chunk(index, chunk, first_plane);
                     left -= 1;
                 } else if chunk - next >= LOOK_AHEAD {
@@ -170,11 +163,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 continue;
             }
             let store = transfer.store;
-            let budget = (self.link.cap() - self.in_flight).min(self.room_of(store)).min(self.link.pull());
-            let transmit = self.pull(index, budget, now, out);
-            let transfer = &self.transfers[index.at()];
-            let (chunk, is_asked) = (transfer.chunk, transfer.cursor >= transfer.segments);
-            if !is_asked {
+            let chunk = transfer.chunk;
+            let transmit = self.pull(index, self.puller.budget(self.now, index), now, out);
+            if !self.puller.is_asked(index) {
                 self.make_header_due(index);
             }
             if transmit.is_some() {
@@ -189,17 +180,12 @@ impl<L: ChunkLayout> FetchEngine<L> {
     fn hedge_header(&mut self, chunk: super::index::ChunkIndex, store: StoreIndex) {
         let slot = &self.chunks[chunk.at()];
         if self.placement.replicas() > 1 && slot.hedge_at == Instant::FAR && !slot.is_hedged {
-            let at = self.now.plus_nanos(self.store(store).hedge_after());
+            let at = self.now.plus_nanos(self.hedge_after(store));
             let slot = &mut self.chunks[chunk.at()];
             assert_eq!(slot.state, ChunkState::Header, "its header is being pulled");
             slot.hedge_at = at;
             self.arm_deadline(at);
         }
-    }
-
-    /// Segments that may be asked of a store.
-    fn room_of(&self, store: StoreIndex) -> u32 {
-        self.stores[usize::from(store.0)].room(self.now, self.link.cap(), self.link.pull())
     }
 
     /// One PULL for the fetch whose turn it is, or the next that can use it.
@@ -254,123 +240,25 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Asks for segments of a plane, as many as are worth a packet.
     fn ask_for(&mut self, index: TransferIndex, now: Instant, out: &mut [u8]) -> Turn {
-        let transfer = self.transfers[index.at()];
-        let words = &self.segments[self.segment_range(index)];
-        let first = segments::next_wanted(words, transfer.cursor, transfer.segments);
-        if first == transfer.segments {
-            self.unlist_transfer(index);
-            return Turn::Passed;
-        }
-        let wanted =
-            segments::wanted_from(words, first, transfer.segments).count_ones().min(self.link.pull());
-        // Credit comes back a segment at a time: wait until it is worth a packet.
-        let room = self.link.cap() - self.in_flight;
-        if room < wanted && self.in_flight > 0 {
-            self.link.is_full();
-            return Turn::Waits;
-        }
-        match self.worth_of(transfer.store, wanted) {
-            None => Turn::Passed,
-            Some(budget) => self.pull(index, budget.min(room), now, out).map_or(Turn::Passed, Turn::Sent),
+        match self.puller.worth(self.now, index) {
+            Worth::Nothing => {
+                self.unlist_transfer(index);
+                Turn::Passed
+            }
+            Worth::Waits => Turn::Waits,
+            Worth::Later => Turn::Passed,
+            Worth::Segments(budget) => self.pull(index, budget, now, out).map_or(Turn::Passed, Turn::Sent),
         }
     }
 
-    /// How many of `wanted` segments to ask a store for; none while its window has not room enough to be worth a packet.
-    pub(super) fn worth_of(&self, store: StoreIndex, wanted: u32) -> Option<u32> {
-        let (room, in_flight) = (self.room_of(store), self.stores[usize::from(store.0)].in_flight);
-        // A window of less than two PULLs is asked for in halves.
-        let wanted = wanted.min((room + in_flight).div_ceil(2));
-        let is_worth = room > 0 && (room >= wanted || in_flight == 0);
-        is_worth.then_some(wanted.min(room))
-    }
-
-    /// Writes a PULL for at most `budget` wanted segments of a transfer, within 64 from its cursor on.
+    /// Writes a PULL for at most `budget` wanted segments of a transfer.
     fn pull(&mut self, index: TransferIndex, budget: u32, now: Instant, out: &mut [u8]) -> Option<Transmit> {
-        let range = self.segment_range(index);
-        let transfer = &mut self.transfers[index.at()];
-        let words = &mut self.segments[range];
-        let base = segments::next_wanted(words, transfer.cursor, transfer.segments);
-        transfer.cursor = base;
-        if budget == 0 || base == transfer.segments || !self.asks.has_room() {
-            return None;
-        }
-        let asked = segments::lowest(segments::wanted_from(words, base, transfer.segments), budget);
-        let mut runs = [Run::default(); PULL_RUNS];
-        let runs_len = runs_of(base, asked, &mut runs);
-        let slot = &self.chunks[transfer.chunk.at()];
-        let range = PullRange {
-            tag: transfer.tag,
-            handle: slot.info.handle,
-            epoch: transfer.epoch,
-            offset: transfer.offset,
-            bytes: transfer.bytes,
-            segment_bytes: transfer.segment_bytes,
-        };
-        let store = &mut self.stores[usize::from(transfer.store.0)];
-        let ask = self.asks.push(&mut store.asks, now, transfer.store, index, (base, asked));
-        let sequence = self.asks.get(ask).sequence;
-        let pace = self.link.store_pace_mbps();
-        let written = message::emit_pull(out, &range, pace, sequence, &runs[..runs_len]);
-        let len = written.expect("a buffer for any message holds a PULL");
-        segments::set_asked(words, base, asked);
-        let first = index.at() * self.segment_words * 64 + base as usize;
-        let end = 64 - asked.leading_zeros();
-        self.asked_by[first..first + end as usize]
-            .iter_mut()
-            .enumerate()
-            .filter(|(bit, _)| asked >> bit & 1 == 1)
-            .for_each(|(_, by)| *by = ask);
-        let count = asked.count_ones();
-        // Bits below are of segments that were asked for before.
-        let before = transfer.asked.saturating_sub(base);
-        let again = if before >= 64 { count } else { (asked & ((1 << before) - 1)).count_ones() };
-        transfer.asked = transfer.asked.max(base + end);
-        transfer.cursor = base + end;
-        transfer.in_flight += count;
-        if store.in_flight == 0 {
-            store.timeout_at = now.plus_nanos(store.timeout());
-        }
-        store.in_flight += count;
-        self.in_flight += count;
-        let (store_index, timeout_at) = (transfer.store, store.timeout_at);
-        self.arm(timeout_at);
-        self.pacer.spend(now, count);
-        assert!(self.in_flight <= self.config.window_segments, "the budget was within the window");
+        let Transfer { tag, epoch, store, chunk, .. } = self.transfers[index.at()];
+        let name = (tag, self.chunks[chunk.at()].info.handle, epoch);
+        let pulled = self.puller.pull(now, index, budget, name, out)?;
         self.counters.pulls_sent += 1;
-        self.counters.segments_asked += u64::from(count - again);
-        self.counters.segments_asked_again += u64::from(again);
-        Some(Transmit { store: store_index, len })
-    }
-}
-
-/// Writes the segments `base` + bits of `mask` as runs; returns how many.
-fn runs_of(base: u32, mask: u64, runs: &mut [Run; PULL_RUNS]) -> usize {
-    let (mut left, mut len) = (mask, 0);
-    while left != 0 {
-        let begin = left.trailing_zeros();
-        let count = (left >> begin).trailing_ones();
-        runs[len] = Run { first: base + begin, count: u16::try_from(count).expect("at most 64") };
-        len += 1;
-        left = if begin + count == 64 { 0 } else { left >> (begin + count) << (begin + count) };
-    }
-    len
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn runs_name_each_bit_once_in_order(mask in any::<u64>(), dense in any::<bool>(), base in 0_u32..1000) {
-            let mask = if dense { mask | mask << 1 } else { mask };
-            let mut runs = [Run::default(); PULL_RUNS];
-            let len = runs_of(base, mask, &mut runs);
-            let named: Vec<u32> =
-                runs[..len].iter().flat_map(|run| run.first..run.first + u32::from(run.count)).collect();
-            let twin: Vec<u32> = (0..64).filter(|bit| mask >> bit & 1 == 1).map(|bit| base + bit).collect();
-            prop_assert_eq!(named, twin);
-        }
+        self.counters.segments_asked += u64::from(pulled.asked);
+        self.counters.segments_asked_again += u64::from(pulled.again);
+        Some(Transmit { store, len: pulled.len })
     }
 }

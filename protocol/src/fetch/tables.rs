@@ -201,26 +201,13 @@ pub(super) enum TransferState {
     Reset,
 }
 
-/// A byte range being pulled: a plane, or a chunk's header.
-///
-/// Invariants while receiving: no segment below `cursor` is wanted; `in_flight` segments are marked as asked for.
+/// A byte range being pulled: a plane, or a chunk's header. Its segments are the affair of the puller's span of the same index.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Transfer {
     pub(super) tag: u32,
     pub(super) state: TransferState,
     pub(super) store: StoreIndex,
     pub(super) epoch: u64,
-    /// Segments of the range, and bytes of the last.
-    pub(super) segments: u32,
-    pub(super) last_bytes: u32,
-    pub(super) segment_bytes: u16,
-    pub(super) arrived: u32,
-    pub(super) cursor: u32,
-    pub(super) in_flight: u32,
-    /// Segments below were asked for at least once.
-    pub(super) asked: u32,
-    pub(super) bytes: u32,
-    pub(super) offset: u64,
     pub(super) chunk: ChunkIndex,
     pub(super) plane: u16,
     /// Whether it stands in a list or queue of transfers with segments to ask for.
@@ -234,15 +221,6 @@ impl Transfer {
             state: TransferState::Free,
             store: StoreIndex(0),
             epoch: 0,
-            segments: 0,
-            last_bytes: 0,
-            segment_bytes: 0,
-            arrived: 0,
-            cursor: 0,
-            in_flight: 0,
-            asked: 0,
-            bytes: 0,
-            offset: 0,
             chunk: ChunkIndex(0),
             plane: 0,
             listed: false,

@@ -1,10 +1,11 @@
 //! Time: deadlines, and what is given up as lost.
 //!
-//! Two coarse timers: no deadline comes before `next_deadline`, and nothing of a store is late before `next_timeout`. Both
+//! Two coarse timers: no deadline comes before `next_deadline`, and nothing of a store is late before the puller's. Both
 //! are lower bounds; when one is reached its tables are scanned once. Arrivals push timeouts back without touching
 //! them.
 
 use crate::chunk::ChunkLayout;
+use crate::pull::{PathIndex, TimedOut};
 use crate::time::Instant;
 
 use super::FetchEngine;
@@ -20,10 +21,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
     #[inline]
     pub fn handle_timeout(&mut self, now: Instant) {
         self.now = self.now.max(now);
-        if now >= self.paced_until {
-            self.paced_until = Instant::FAR;
-        }
-        if now >= self.next_timeout {
+        if self.puller.is_due(now) {
             self.scan_stores(now);
         }
         if now >= self.next_deadline {
@@ -76,7 +74,6 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     #[cold]
     fn scan_stores(&mut self, now: Instant) {
-        self.next_timeout = Instant::FAR;
         for store in 0..self.config.stores {
             self.scan_store(now, StoreIndex(store));
         }
@@ -94,102 +91,44 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 }
             }
         }
-        let busy_until = self.stores[usize::from(store.0)].busy_until;
-        if busy_until > now {
-            self.arm(busy_until);
-        } else if busy_until != Instant::ZERO {
-            self.stores[usize::from(store.0)].busy_until = Instant::ZERO;
+        if self.puller.has_rested(now, PathIndex(store.0)) {
             self.ready_blocked = false;
             self.make_due(store);
         }
         self.find_losses(now, store);
-        let entry = &self.stores[usize::from(store.0)];
-        if entry.in_flight > 0 {
-            let timeout_at = entry.timeout_at;
-            if timeout_at <= now {
-                self.time_out(now, store);
-            }
-            let timeout_at = self.stores[usize::from(store.0)].timeout_at;
-            self.arm(timeout_at);
+        if self.path(store).in_flight() > 0 {
+            self.time_out(now, store);
             self.hedge_if_slow(now, store);
         }
     }
 
     /// Gives up PULLs of a store that are late while something asked for later has arrived.
     fn find_losses(&mut self, now: Instant, store: StoreIndex) {
-        let (mut lost, mut drops) = (0, 0);
-        loop {
-            let entry = &self.stores[usize::from(store.0)];
-            let (Some(oldest), Some(smoothed)) = (entry.asks.oldest(), entry.rtt.smoothed()) else { break };
-            let ask = self.asks.get(oldest);
-            match entry.rack.lost_at(ask.order, ask.sent_at.nanos(), smoothed) {
-                None => break,
-                Some(at) if at > now.nanos() => {
-                    self.arm(Instant::from_nanos(at));
-                    break;
-                }
-                Some(_) => {
-                    // Of a PULL that brought nothing, one packet was lost: the PULL.
-                    let is_pull = ask.is_untouched;
-                    self.suspect(oldest);
-                    let segments = self.give_up(oldest);
-                    lost += segments;
-                    drops += if is_pull { 1 } else { segments };
-                }
-            }
-        }
-        if lost > 0 {
-            self.stores[usize::from(store.0)].rack.found();
-            self.note_lost(store, lost, drops);
-        }
+        let lost = self.puller.find_losses(now, PathIndex(store.0));
+        self.counters.segments_lost += u64::from(lost);
+        self.take_given_up(true);
     }
 
-    fn note_lost(&mut self, store: StoreIndex, segments: u32, drops: u32) {
-        self.counters.segments_lost += u64::from(segments);
-        self.stores[usize::from(store.0)].window.lost(drops);
-        self.link.lost(segments);
-    }
-
-    /// Nothing came from a store for too long: the first time its last segment is asked for again, so that the answer
-    /// shows what else is missing; then all is given up, and again, ever later.
+    /// Asks for the last segment, then for everything again that is under way at a store from which nothing has come for too long.
     fn time_out(&mut self, now: Instant, store: StoreIndex) {
-        let entry = &mut self.stores[usize::from(store.0)];
-        let is_first = entry.timeouts == 0;
-        if is_first {
-            entry.quiet_since = entry.quiet_since();
-            entry.timeouts = 1;
-            self.counters.tail_probes += 1;
-            self.probe_tail(store);
-        } else {
-            self.counters.timeouts += 1;
-            let mut lost = 0;
-            while let Some(oldest) = self.stores[usize::from(store.0)].asks.oldest() {
-                self.suspect(oldest);
-                lost += self.give_up(oldest);
+        let done = self.puller.time_out(now, PathIndex(store.0));
+        self.take_given_up(true);
+        match done {
+            TimedOut::No => {}
+            TimedOut::Probed => self.counters.tail_probes += 1,
+            TimedOut::All(lost, is_silent) => {
+                self.counters.timeouts += 1;
+                self.counters.segments_lost += u64::from(lost);
+                if is_silent {
+                    self.leave_store(store);
+                }
             }
-            self.note_lost(store, lost, lost);
-            self.note_timeout(store);
         }
-        let entry = &mut self.stores[usize::from(store.0)];
-        entry.timeout_at = now.plus_nanos(entry.timeout());
-    }
-
-    /// Gives up the last segment of the PULL sent last.
-    fn probe_tail(&mut self, store: StoreIndex) {
-        let newest = self.stores[usize::from(store.0)].asks.newest().expect("something is under way");
-        if self.asks.get(newest).outstanding.is_power_of_two() {
-            // It is given up whole.
-            self.suspect(newest);
-        }
-        self.give_up_last(newest);
     }
 
     /// Counts a timeout of a store; with the second its chunks go to replicas.
     pub(super) fn note_timeout(&mut self, store: StoreIndex) {
-        let entry = &mut self.stores[usize::from(store.0)];
-        let was_silent = entry.is_silent();
-        entry.timeouts = entry.timeouts.saturating_add(1);
-        if !was_silent && self.stores[usize::from(store.0)].is_silent() {
+        if self.puller.path_mut(PathIndex(store.0)).note_timeout() {
             self.leave_store(store);
         }
     }

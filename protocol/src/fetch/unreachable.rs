@@ -7,6 +7,7 @@
 //! back.
 
 use crate::chunk::ChunkLayout;
+use crate::pull::PathIndex;
 use crate::time::Instant;
 use crate::wire::message::{self, Quoted};
 
@@ -31,7 +32,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             return false;
         };
         self.counters.unreachable += 1;
-        self.store(store).fall_silent();
+        self.puller.path_mut(PathIndex(store.0)).fall_silent();
         match quoted {
             Quoted::Lookup { .. } => {
                 let until = self.now.plus_nanos(GONE_NS);
@@ -52,8 +53,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         match quoted {
             Quoted::Lookup { request, key } => self.is_asked(store, *request, key),
             Quoted::Pull { tag, epoch, sequence } => {
-                self.asks.under_way(*sequence, store).is_some_and(|ask| {
-                    let transfer = &self.transfers[self.asks.get(ask).transfer.at()];
+                self.puller.under_way(*sequence, PathIndex(store.0)).is_some_and(|span| {
+                    let transfer = &self.transfers[span.at()];
                     (transfer.tag, transfer.epoch) == (*tag, *epoch)
                 })
             }

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::fetch::{bits, tag};
+use crate::pull::{bits, tag};
 use crate::frame::Peer;
 use crate::key::Key;
 use crate::reason::DropReason;

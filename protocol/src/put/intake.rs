@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use crate::fetch::bits;
 use crate::frame::Peer;
 use crate::key::Key;
+use crate::pull::bits;
 use crate::reason::DropReason;
 use crate::time::Instant;
 use crate::wire::message::{Data, MAX_PULL_RUNS, Run};

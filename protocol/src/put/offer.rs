@@ -6,9 +6,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::fetch::{StoreIndex, tag};
+use crate::fetch::StoreIndex;
 use crate::frame::Peer;
 use crate::key::Key;
+use crate::pull::tag;
 use crate::reason::DropReason;
 use crate::serve::{ChunkSource, ServeConfig, ServeCounters, ServeEngine};
 use crate::time::Instant;

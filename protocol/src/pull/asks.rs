@@ -1,4 +1,4 @@
-//! PULLs under way, in the order in which each store was asked.
+//! PULLs under way, in the order in which each peer was asked.
 //!
 //! A record outlives its PULL until its slot is used again, oldest first, so that a segment which comes late still
 //! finds when it was asked for.
@@ -7,33 +7,32 @@ use std::collections::VecDeque;
 
 use crate::time::Instant;
 
-use super::event::StoreIndex;
-use super::index::{AskIndex, Index, TransferIndex};
+use super::index::{AskIndex, Index, PathIndex, SpanIndex};
 use super::tag;
 
-/// A PULL: up to 64 segments of one transfer.
+/// A PULL: up to 64 segments of one span.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Ask {
+pub(crate) struct Ask {
     /// Its number on the wire: the slot, and the generation of its use.
-    pub(super) sequence: u32,
-    /// Its place among all PULLs of this engine, from 1.
-    pub(super) order: u64,
-    pub(super) sent_at: Instant,
-    pub(super) store: StoreIndex,
-    pub(super) transfer: TransferIndex,
+    pub(crate) sequence: u32,
+    /// Its place among all PULLs of this puller, from 1.
+    pub(crate) order: u64,
+    pub(crate) sent_at: Instant,
+    pub(crate) path: PathIndex,
+    pub(crate) span: SpanIndex,
     /// Its first segment.
-    pub(super) base: u32,
+    pub(crate) base: u32,
     /// Of the 64 segments from `base`, those under way; none when it is over.
-    pub(super) outstanding: u64,
+    pub(crate) outstanding: u64,
     /// Whether nothing of it has arrived.
-    pub(super) is_untouched: bool,
+    pub(crate) is_untouched: bool,
     before: Option<AskIndex>,
     behind: Option<AskIndex>,
 }
 
-/// The PULLs of one store that are under way, oldest first.
+/// The PULLs of one path that are under way, oldest first.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct AskList {
+pub(crate) struct AskList {
     first: Option<AskIndex>,
     last: Option<AskIndex>,
 }
@@ -41,32 +40,32 @@ pub(super) struct AskList {
 impl AskList {
     /// The PULL that has been under way for longest.
     #[inline]
-    pub(super) fn oldest(&self) -> Option<AskIndex> {
+    pub(crate) fn oldest(&self) -> Option<AskIndex> {
         self.first
     }
 
     /// The PULL sent last.
-    pub(super) fn newest(&self) -> Option<AskIndex> {
+    pub(crate) fn newest(&self) -> Option<AskIndex> {
         self.last
     }
 }
 
-/// All PULLs of an engine.
+/// All PULLs of a puller.
 #[derive(Debug)]
-pub(super) struct Asks {
+pub(crate) struct Asks {
     table: Box<[Ask]>,
     free: VecDeque<AskIndex>,
     last_order: u64,
 }
 
 impl Asks {
-    pub(super) fn new(capacity: usize, seed: u32) -> Asks {
+    pub(crate) fn new(capacity: usize, seed: u32) -> Asks {
         let blank = |slot: usize| Ask {
-            sequence: tag::first(u16::try_from(slot).expect("checked by FetchConfig"), seed),
+            sequence: tag::first(u16::try_from(slot).expect("checked by Puller::new"), seed),
             order: 0,
             sent_at: Instant::ZERO,
-            store: StoreIndex(0),
-            transfer: TransferIndex(0),
+            path: PathIndex(0),
+            span: SpanIndex(0),
             base: 0,
             outstanding: 0,
             is_untouched: false,
@@ -81,39 +80,39 @@ impl Asks {
     }
 
     /// Whether another PULL can be sent.
-    pub(super) fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         !self.free.is_empty()
     }
 
     /// The place in the order of the PULL sent last.
-    pub(super) fn last_order(&self) -> u64 {
+    pub(crate) fn last_order(&self) -> u64 {
         self.last_order
     }
 
     #[inline]
-    pub(super) fn get(&self, index: AskIndex) -> &Ask {
+    pub(crate) fn get(&self, index: AskIndex) -> &Ask {
         &self.table[index.at()]
     }
 
-    /// The record of a number that a store has sent, if it is still there.
+    /// The record of a number that a peer has sent, if it is still there.
     #[inline]
-    pub(super) fn find(&self, sequence: u32) -> Option<&Ask> {
+    pub(crate) fn find(&self, sequence: u32) -> Option<&Ask> {
         self.table.get(usize::from(tag::slot_of(sequence))).filter(|ask| ask.sequence == sequence)
     }
 
-    /// A PULL of `store` that is under way, by its number.
-    pub(super) fn under_way(&self, sequence: u32, store: StoreIndex) -> Option<AskIndex> {
+    /// A PULL along `path` that is under way, by its number.
+    pub(crate) fn under_way(&self, sequence: u32, path: PathIndex) -> Option<AskIndex> {
         let ask = self.find(sequence)?;
-        (ask.outstanding != 0 && ask.store == store).then(|| AskIndex(tag::slot_of(sequence)))
+        (ask.outstanding != 0 && ask.path == path).then(|| AskIndex(tag::slot_of(sequence)))
     }
 
-    /// Notes that a PULL for `outstanding` segments from `base` on is sent to the store of `list`.
-    pub(super) fn push(
+    /// Notes that a PULL for `outstanding` segments from `base` on is sent along the path of `list`.
+    pub(crate) fn push(
         &mut self,
         list: &mut AskList,
         now: Instant,
-        store: StoreIndex,
-        transfer: TransferIndex,
+        path: PathIndex,
+        span: SpanIndex,
         (base, outstanding): (u32, u64),
     ) -> AskIndex {
         assert!(outstanding & 1 == 1, "a PULL begins with a segment that it asks for");
@@ -123,8 +122,8 @@ impl Asks {
             sequence: tag::next(self.table[index.at()].sequence),
             order: self.last_order,
             sent_at: now,
-            store,
-            transfer,
+            path,
+            span,
             base,
             outstanding,
             is_untouched: true,
@@ -141,14 +140,14 @@ impl Asks {
 
     /// Takes the segments of `mask`, which arrived, out of a PULL under way.
     #[inline]
-    pub(super) fn arrived(&mut self, list: &mut AskList, index: AskIndex, mask: u64) {
+    pub(crate) fn arrived(&mut self, list: &mut AskList, index: AskIndex, mask: u64) {
         self.table[index.at()].is_untouched = false;
         self.take(list, index, mask);
     }
 
     /// Takes the segments of `mask` out of a PULL under way, arrived or given up; with the last the PULL is over.
     #[inline]
-    pub(super) fn take(&mut self, list: &mut AskList, index: AskIndex, mask: u64) {
+    pub(crate) fn take(&mut self, list: &mut AskList, index: AskIndex, mask: u64) {
         let ask = &mut self.table[index.at()];
         assert!(ask.outstanding & mask == mask, "only what is under way is taken");
         ask.outstanding &= !mask;
@@ -181,7 +180,7 @@ mod tests {
     fn only_an_arrival_touches_a_pull() {
         let mut asks = Asks::new(1, 1);
         let mut list = AskList::default();
-        let index = asks.push(&mut list, Instant::ZERO, StoreIndex(0), TransferIndex(0), (5, 0b111));
+        let index = asks.push(&mut list, Instant::ZERO, PathIndex(0), SpanIndex(0), (5, 0b111));
         asks.take(&mut list, index, 0b100);
         assert!(asks.get(index).is_untouched);
         asks.arrived(&mut list, index, 0b10);
@@ -197,7 +196,7 @@ mod tests {
             let mut twin: Vec<(AskIndex, u64)> = Vec::new();
             for (push, at) in steps {
                 if push && asks.has_room() {
-                    let index = asks.push(&mut list, Instant::ZERO, StoreIndex(0), TransferIndex(0), (5, 0b11));
+                    let index = asks.push(&mut list, Instant::ZERO, PathIndex(0), SpanIndex(0), (5, 0b11));
                     let ask = asks.get(index);
                     prop_assert!(twin.last().is_none_or(|(_, order)| *order < ask.order));
                     prop_assert_eq!(asks.find(ask.sequence).map(|ask| ask.order), Some(ask.order));

@@ -1,4 +1,4 @@
-//! How much may be under way over all stores: the receiver's own link, which it alone fills.
+//! How much may be under way over all peers: the receiver's own link, which it alone fills.
 //!
 //! The link holds its rate times the round trip (the bandwidth-delay product). What is asked for beyond that waits in
 //! the last switch's queue, so no more than [`Link::burst`] is. The rate is given by flag, or measured as BBR does
@@ -12,7 +12,7 @@ const OVERHEAD_BYTES: u64 = 98;
 /// Under way before anything is known: what QUIC's initial window of 10 packets (RFC 9002 section 7.2) has become on
 /// data-centre links, and little beside the smallest switch buffers.
 const INITIAL: u32 = 64;
-/// Time that the segments of one PULL take, so that the answers to two stores mix in a few microseconds.
+/// Time that the segments of one PULL take, so that the answers to two peers mix in a few microseconds.
 const PULL_NS: u64 = 10_000;
 /// Segments of a PULL: a packet of its own must be worth it; a word holds 64.
 const PULL: (u32, u32) = (8, 64);
@@ -33,7 +33,7 @@ const MOST_LOSS: u32 = ONE / 8;
 
 /// The credit of an engine.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Link {
+pub(crate) struct Link {
     /// Bytes a second on the wire; zero while unknown.
     rate: u64,
     is_given: bool,
@@ -52,7 +52,7 @@ pub(super) struct Link {
     /// Whether credit was used up in this round.
     was_full: bool,
     losses: u32,
-    /// The round trip of the farthest store without queues; zero while unknown.
+    /// The round trip of the farthest peer without queues; zero while unknown.
     base: u64,
     most: u32,
     cap: u32,
@@ -61,7 +61,7 @@ pub(super) struct Link {
 
 impl Link {
     /// A link of `mbps`, zero if that is to be measured; never more than `most` segments are under way.
-    pub(super) fn new(mbps: u32, segment_bytes: u16, most: u32) -> Link {
+    pub(crate) fn new(mbps: u32, segment_bytes: u16, most: u32) -> Link {
         let mut link = Link {
             rate: u64::from(mbps) * 125_000,
             is_given: mbps > 0,
@@ -86,31 +86,31 @@ impl Link {
         link
     }
 
-    /// Segments that may be under way over all stores.
+    /// Segments that may be under way over all peers.
     #[inline]
-    pub(super) fn cap(&self) -> u32 {
+    pub(crate) fn cap(&self) -> u32 {
         self.cap
     }
 
     /// Segments of a PULL.
     #[inline]
-    pub(super) fn pull(&self) -> u32 {
+    pub(crate) fn pull(&self) -> u32 {
         self.pull
     }
 
     /// Segments that may be under way beyond what the link holds: one PULL that arrives, one that is asked for.
-    pub(super) fn burst(&self) -> u32 {
+    pub(crate) fn burst(&self) -> u32 {
         2 * self.pull
     }
 
     /// The size of segments has changed.
-    pub(super) fn set_segment_bytes(&mut self, segment_bytes: u16) {
+    pub(crate) fn set_segment_bytes(&mut self, segment_bytes: u16) {
         self.wire_bytes = u64::from(segment_bytes) + OVERHEAD_BYTES;
     }
 
     /// Bytes a second at which answers may be asked for, and the bytes that a segment counts: a little more than the
     /// rate, since the cap bounds the queue and lost requests leave gaps. Zero is no bound.
-    pub(super) fn pace(&self) -> (u64, u64) {
+    pub(crate) fn pace(&self) -> (u64, u64) {
         let rate = match (self.is_given, self.startup) {
             (true, _) => self.rate / 20 * 21,
             (false, _) if self.rate == 0 => 0,
@@ -121,14 +121,14 @@ impl Link {
         (rate, self.wire_bytes)
     }
 
-    /// Mbit/s of segments that a store need not exceed; zero while unknown.
-    pub(super) fn store_pace_mbps(&self) -> u32 {
+    /// Mbit/s of segments that a peer need not exceed; zero while unknown.
+    pub(crate) fn peer_pace_mbps(&self) -> u32 {
         if self.is_given { u32::try_from(self.pace().0 / 125_000).unwrap_or(u32::MAX) } else { 0 }
     }
 
     /// Takes in the arrival of a segment of `bytes`.
     #[inline]
-    pub(super) fn arrived(&mut self, bytes: u32) {
+    pub(crate) fn arrived(&mut self, bytes: u32) {
         self.arrived += 1;
         self.bytes += u64::from(bytes) + OVERHEAD_BYTES;
         if let Some(window) = &mut self.startup
@@ -141,31 +141,31 @@ impl Link {
     }
 
     /// Takes in that segments were given up as lost.
-    pub(super) fn lost(&mut self, segments: u32) {
+    pub(crate) fn lost(&mut self, segments: u32) {
         self.lost = self.lost.saturating_add(segments);
     }
 
     /// Takes in that more would have been asked for, but for the cap.
     #[inline]
-    pub(super) fn is_full(&mut self) {
+    pub(crate) fn is_full(&mut self) {
         self.was_full = true;
     }
 
     /// Whether the arrival of something asked for by the PULL at `order` ends a round.
     #[inline]
-    pub(super) fn is_over(&self, order: u64) -> bool {
+    pub(crate) fn is_over(&self, order: u64) -> bool {
         order > self.ends_after
     }
 
-    /// Takes in the round trip of the farthest store, without queues but with jitter.
-    pub(super) fn set_base(&mut self, base: u64) {
+    /// Takes in the round trip of the farthest peer, without queues but with jitter.
+    pub(crate) fn set_base(&mut self, base: u64) {
         self.base = base;
         self.refresh();
     }
 
     /// Ends a round: the next ends with what is asked for after `last_order`. `congested` says that a queue was seen, `full`
     /// that credit is used up still.
-    pub(super) fn end_round(&mut self, now: Instant, last_order: u64, congested: bool, full: bool) {
+    pub(crate) fn end_round(&mut self, now: Instant, last_order: u64, congested: bool, full: bool) {
         self.was_full &= full;
         let seen = self.arrived.saturating_add(self.lost).max(1);
         let share = u32::try_from(u64::from(self.lost) * u64::from(ONE) / u64::from(seen)).unwrap_or(ONE);

@@ -8,7 +8,7 @@ const FRACTION_BITS: u32 = 8;
 
 /// Spaces requests so that their answers fill the link and no more.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pacer {
+pub(crate) struct Pacer {
     /// Time that a segment takes, in fractions of a nanosecond; zero while there is no rate to keep to.
     segment_time: u64,
     /// When the next request may go, and a fraction of a nanosecond.
@@ -19,11 +19,11 @@ pub(super) struct Pacer {
 }
 
 impl Pacer {
-    pub(super) const UNPACED: Pacer = Pacer { segment_time: 0, next: Instant::ZERO, fraction: 0, slack: 0 };
+    pub(crate) const UNPACED: Pacer = Pacer { segment_time: 0, next: Instant::ZERO, fraction: 0, slack: 0 };
 
     /// Keeps to `bytes_per_second` from now on, with segments of `wire_bytes`; as many as `slack_segments` may be asked
     /// for at once after a pause.
-    pub(super) fn set_rate(&mut self, bytes_per_second: u64, wire_bytes: u64, slack_segments: u32) {
+    pub(crate) fn set_rate(&mut self, bytes_per_second: u64, wire_bytes: u64, slack_segments: u32) {
         let nanos = (u128::from(wire_bytes) * 1_000_000_000) << FRACTION_BITS;
         let time = nanos.checked_div(u128::from(bytes_per_second)).unwrap_or(0);
         self.segment_time = u64::try_from(time).unwrap_or(u64::MAX);
@@ -32,13 +32,13 @@ impl Pacer {
 
     /// When the next request may go.
     #[inline]
-    pub(super) fn next(&self) -> Instant {
+    pub(crate) fn next(&self) -> Instant {
         self.next
     }
 
     /// Takes in that `segments` are asked for.
     #[inline]
-    pub(super) fn spend(&mut self, now: Instant, segments: u32) {
+    pub(crate) fn spend(&mut self, now: Instant, segments: u32) {
         let earliest = Instant::from_nanos(now.nanos().saturating_sub(self.slack));
         if self.next < earliest {
             (self.next, self.fraction) = (earliest, 0);

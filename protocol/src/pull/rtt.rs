@@ -1,4 +1,4 @@
-//! Round-trip time of one store: smoothed, its variation, its least, and the timeouts that follow (RFC 9002 section 5
+//! Round-trip time of one peer: smoothed, its variation, its least, and the timeouts that follow (RFC 9002 section 5
 //! and 6.2; RFC 6298).
 
 /// The first timeout, before any sample, as a multiple of the least. RFC 9002 begins with a third of a second, for the
@@ -12,7 +12,7 @@ const GRANULARITY_NS: u64 = 20_000;
 
 /// All times in nanoseconds.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Rtt {
+pub(crate) struct Rtt {
     /// Zero before the first sample.
     smoothed: u64,
     variation: u64,
@@ -29,7 +29,7 @@ pub(super) struct Rtt {
 }
 
 impl Rtt {
-    pub(super) fn new(rto_min: u64, rto_max: u64) -> Rtt {
+    pub(crate) fn new(rto_min: u64, rto_max: u64) -> Rtt {
         let initial = rto_min.saturating_mul(INITIAL_RTO_FACTOR).min(rto_max);
         Rtt {
             smoothed: 0,
@@ -44,8 +44,8 @@ impl Rtt {
         }
     }
 
-    /// Takes in a round trip, of which the request spent `waited` in the store's queue.
-    pub(super) fn sample(&mut self, now: u64, rtt: u64, waited: u64) {
+    /// Takes in a round trip, of which the request spent `waited` in the peer's queue.
+    pub(crate) fn sample(&mut self, now: u64, rtt: u64, waited: u64) {
         let rtt = rtt.max(1);
         if self.smoothed == 0 {
             (self.smoothed, self.variation) = (rtt, rtt / 2);
@@ -61,31 +61,31 @@ impl Rtt {
             self.least = [u64::MAX, self.least[0]];
             self.period_from = now;
         }
-        // A store that says to have waited for longer than the round trip took is not believed.
+        // A peer that says to have waited for longer than the round trip took is not believed.
         let base = if waited < rtt { rtt - waited } else { rtt };
         self.least[0] = self.least[0].min(base);
     }
 
     /// Smoothed round-trip time, once measured.
     #[inline]
-    pub(super) fn smoothed(&self) -> Option<u64> {
+    pub(crate) fn smoothed(&self) -> Option<u64> {
         (self.smoothed != 0).then_some(self.smoothed)
     }
 
     /// The round trip without queues, once measured.
-    pub(super) fn least(&self) -> Option<u64> {
+    pub(crate) fn least(&self) -> Option<u64> {
         let least = self.least[0].min(self.least[1]);
         (least != u64::MAX).then_some(least)
     }
 
     /// How long to wait for an arrival before asking for the last segment again.
     #[inline]
-    pub(super) fn pto(&self) -> u64 {
+    pub(crate) fn pto(&self) -> u64 {
         self.pto
     }
 
     /// How long to wait for an arrival before everything counts as lost, after `backoff` doublings.
-    pub(super) fn rto(&self, backoff: u8) -> u64 {
+    pub(crate) fn rto(&self, backoff: u8) -> u64 {
         self.rto.saturating_mul(1 << backoff.min(20)).min(self.most)
     }
 }
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_is_without_the_stores_queue_and_is_forgotten() {
+    fn the_least_is_without_the_peers_queue_and_is_forgotten() {
         let mut rtt = Rtt::new(10, 1_000_000);
         assert_eq!(rtt.least(), None);
         rtt.sample(0, 10_000, 4000);

@@ -4,11 +4,11 @@
 
 /// The state of 64 segments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Word {
+pub(crate) struct Word {
     /// Here.
-    pub(super) arrived: u64,
+    pub(crate) arrived: u64,
     /// Asked for, and neither arrived nor given up.
-    pub(super) asked: u64,
+    pub(crate) asked: u64,
 }
 
 impl Word {
@@ -19,12 +19,12 @@ impl Word {
 
 /// Word and bit of a segment.
 #[inline(always)]
-pub(super) fn place(segment: u32) -> (usize, u64) {
+pub(crate) fn place(segment: u32) -> (usize, u64) {
     ((segment / 64) as usize, 1 << (segment % 64))
 }
 
 /// The first wanted segment from `from` on, or `end`.
-pub(super) fn next_wanted(map: &[Word], from: u32, end: u32) -> u32 {
+pub(crate) fn next_wanted(map: &[Word], from: u32, end: u32) -> u32 {
     let mut at = from;
     while at < end {
         let rest = map[(at / 64) as usize].wanted() >> (at % 64);
@@ -37,7 +37,7 @@ pub(super) fn next_wanted(map: &[Word], from: u32, end: u32) -> u32 {
 }
 
 /// The first segment from `from` on that is asked for, or `end`.
-pub(super) fn next_asked(map: &[Word], from: u32, end: u32) -> u32 {
+pub(crate) fn next_asked(map: &[Word], from: u32, end: u32) -> u32 {
     let mut at = from;
     while at < end {
         let rest = map[(at / 64) as usize].asked >> (at % 64);
@@ -50,7 +50,7 @@ pub(super) fn next_asked(map: &[Word], from: u32, end: u32) -> u32 {
 }
 
 /// Which of the 64 segments from `base` on are wanted and below `end`, which is above `base`: bit 0 is `base`.
-pub(super) fn wanted_from(map: &[Word], base: u32, end: u32) -> u64 {
+pub(crate) fn wanted_from(map: &[Word], base: u32, end: u32) -> u64 {
     let (word, shift) = ((base / 64) as usize, base % 64);
     let mut wanted = map[word].wanted() >> shift;
     if shift > 0 && word + 1 < map.len() {
@@ -63,12 +63,12 @@ pub(super) fn wanted_from(map: &[Word], base: u32, end: u32) -> u64 {
 }
 
 /// Notes that the segments `base` + bits of `mask` are asked for.
-pub(super) fn set_asked(map: &mut [Word], base: u32, mask: u64) {
+pub(crate) fn set_asked(map: &mut [Word], base: u32, mask: u64) {
     each_word(map, base, mask, |word, bits| word.asked |= bits);
 }
 
 /// Notes that they are no longer asked for.
-pub(super) fn clear_asked(map: &mut [Word], base: u32, mask: u64) {
+pub(crate) fn clear_asked(map: &mut [Word], base: u32, mask: u64) {
     each_word(map, base, mask, |word, bits| word.asked &= !bits);
 }
 
@@ -81,7 +81,7 @@ fn each_word(map: &mut [Word], base: u32, mask: u64, change: impl Fn(&mut Word, 
 }
 
 /// The lowest `count` bits of `mask` that are set.
-pub(super) fn lowest(mask: u64, count: u32) -> u64 {
+pub(crate) fn lowest(mask: u64, count: u32) -> u64 {
     let mut left = mask;
     for _ in 0..count.min(64) {
         left &= left.wrapping_sub(1);

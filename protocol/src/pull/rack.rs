@@ -1,4 +1,4 @@
-//! Loss by time (RACK, RFC 8985): a store sends in the order in which it was asked, so what was asked for before
+//! Loss by time (RACK, RFC 8985): a peer sends in the order in which it was asked, so what was asked for before
 //! something that has arrived is late, and lost once it is later than the network reorders.
 //!
 //! RFC 8985 counts packets; here one record is a PULL, of up to 64 segments.
@@ -8,9 +8,9 @@ const MAX_QUARTERS: u8 = 4;
 /// Losses found rightly after which a widened window is narrow again: RFC 8985 section 6.2, `reo_wnd_persist`.
 const PERSIST: u8 = 16;
 
-/// Of one store. All times in nanoseconds.
+/// Of one peer. All times in nanoseconds.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Rack {
+pub(crate) struct Rack {
     /// Place in the order of the latest PULL of which something has arrived, and its round trip.
     newest: u64,
     rtt: u64,
@@ -21,11 +21,11 @@ pub(super) struct Rack {
 }
 
 impl Rack {
-    pub(super) const NEW: Rack = Rack { newest: 0, rtt: 0, quarters: 1, persist: 0, widened_at: 0 };
+    pub(crate) const NEW: Rack = Rack { newest: 0, rtt: 0, quarters: 1, persist: 0, widened_at: 0 };
 
     /// Takes in that something of the PULL at `order` arrived, `rtt` after it was sent; whether it is the latest such.
     #[inline]
-    pub(super) fn arrived(&mut self, order: u64, rtt: u64) -> bool {
+    pub(crate) fn arrived(&mut self, order: u64, rtt: u64) -> bool {
         let is_newest = order > self.newest;
         if is_newest {
             (self.newest, self.rtt) = (order, rtt);
@@ -35,13 +35,13 @@ impl Rack {
 
     /// When the PULL at `order`, sent at `sent_ns`, counts as lost; `None` while nothing asked for later has arrived.
     #[inline]
-    pub(super) fn lost_at(&self, order: u64, sent_ns: u64, smoothed: u64) -> Option<u64> {
+    pub(crate) fn lost_at(&self, order: u64, sent_ns: u64, smoothed: u64) -> Option<u64> {
         let window = smoothed / 4 * u64::from(self.quarters);
         (order < self.newest).then(|| sent_ns.saturating_add(self.rtt).saturating_add(window))
     }
 
     /// Takes in that a segment given up as lost was only late.
-    pub(super) fn was_late(&mut self, order: u64, last_order: u64) {
+    pub(crate) fn was_late(&mut self, order: u64, last_order: u64) {
         if order > self.widened_at {
             self.quarters = (self.quarters + 1).min(MAX_QUARTERS);
             self.widened_at = last_order;
@@ -50,7 +50,7 @@ impl Rack {
     }
 
     /// Takes in that a loss was found.
-    pub(super) fn found(&mut self) {
+    pub(crate) fn found(&mut self) {
         self.persist = self.persist.saturating_sub(1);
         if self.persist == 0 {
             self.quarters = 1;

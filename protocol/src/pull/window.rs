@@ -1,15 +1,15 @@
-//! How much may be asked of one store: congestion control by delay.
+//! How much may be asked of one peer: congestion control by delay.
 //!
 //! The window follows the law of FAST TCP (Wei, Jin, Low, Hegde: "FAST TCP", IEEE/ACM ToN 2006, eq. 1): once a round trip
-//! it goes half the way to `window * base / rtt + share`, whose fixed point keeps `share` segments of this data plane in
-//! the bottleneck's queue. Data planes that share a bottleneck see the same delay, so they end with the same rate, in
+//! it goes half the way to `window * base / rtt + share`, whose fixed point keeps `share` segments of this puller in
+//! the bottleneck's queue. Pullers that share a bottleneck see the same delay, so they end with the same rate, in
 //! a few round trips whatever their number and the link's rate. A delay is counted as queue only beyond a tolerance, the
 //! target of Swift (SIGCOMM 2020): below it lies what polling loops and jitter add. The least round trip of each round is
 //! looked at, so that jitter is not taken for a queue (CoDel's standing queue).
 //!
 //! Random loss is no sign of congestion and is ignored up to a share; marks (ECN) shrink the window as DCTCP does.
 
-/// Segments that this data plane keeps in the queue of a bottleneck (FAST's alpha) at least: a small PULL's worth; and as
+/// Segments that this puller keeps in the queue of a bottleneck (FAST's alpha) at least: a small PULL's worth; and as
 /// a share of what its link can hold, because windows become equal in about `window / alpha` rounds.
 const SHARE: (u32, u32) = (8, 32);
 /// Least window: one segment arriving, one asked for.
@@ -29,9 +29,9 @@ const MARK_SHIFT: u32 = 4;
 /// Weight of a round in the spread, as a shift.
 const SPREAD_SHIFT: u32 = 3;
 
-/// Of one store, in segments.
+/// Of one peer, in segments.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Window {
+pub(crate) struct Window {
     limit: u32,
     /// The round ends when something asked for after this PULL arrives.
     ends_after: u64,
@@ -54,18 +54,18 @@ pub(super) struct Window {
 
 /// What a window is measured with.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Path {
+pub(crate) struct Bounds {
     /// Round trip without queues, nanoseconds.
-    pub(super) base: u64,
+    pub(crate) base: u64,
     /// Delay that is not counted as queue, nanoseconds.
-    pub(super) tolerance: u64,
+    pub(crate) tolerance: u64,
     /// What the link can hold, segments: no window is larger.
-    pub(super) most: u32,
+    pub(crate) most: u32,
 }
 
 impl Window {
     /// Open as far as the link can hold: what is too much shows within a round trip, and is paced until then.
-    pub(super) const OPEN: Window = Window {
+    pub(crate) const OPEN: Window = Window {
         limit: u32::MAX,
         ends_after: 0,
         least_rtt: u64::MAX,
@@ -81,49 +81,49 @@ impl Window {
 
     /// Segments that may be under way.
     #[inline]
-    pub(super) fn limit(&self) -> u32 {
+    pub(crate) fn limit(&self) -> u32 {
         self.limit
     }
 
     /// Takes in an arrival.
     #[inline]
-    pub(super) fn arrived(&mut self, marked: bool) {
+    pub(crate) fn arrived(&mut self, marked: bool) {
         self.arrived += 1;
         self.marked += u32::from(marked);
     }
 
     /// Takes in that segments were given up as lost.
-    pub(super) fn lost(&mut self, segments: u32) {
+    pub(crate) fn lost(&mut self, segments: u32) {
         self.lost = self.lost.saturating_add(segments);
     }
 
     /// Takes in a round trip, queues included.
-    pub(super) fn sample(&mut self, rtt: u64) {
+    pub(crate) fn sample(&mut self, rtt: u64) {
         self.least_rtt = self.least_rtt.min(rtt);
         self.rtt_sum = self.rtt_sum.saturating_add(rtt);
         self.rtts += 1;
     }
 
     /// By how much a usual round trip exceeds the least of its round, nanoseconds.
-    pub(super) fn spread(&self) -> u64 {
+    pub(crate) fn spread(&self) -> u64 {
         self.spread
     }
 
     /// Whether the arrival of something asked for by the PULL at `order` ends a round.
     #[inline]
-    pub(super) fn is_over(&self, order: u64) -> bool {
+    pub(crate) fn is_over(&self, order: u64) -> bool {
         order > self.ends_after
     }
 
-    /// The store asks for less: half, once a round.
-    pub(super) fn busy(&mut self, in_flight: u32) {
+    /// The peer asks for less: half, once a round.
+    pub(crate) fn busy(&mut self, in_flight: u32) {
         self.limit = self.limit.min(in_flight / 2).max(LEAST);
         self.calm = 0;
     }
 
     /// Ends a round: the next ends with what is asked for after `last_order`. Returns whether there was congestion.
-    pub(super) fn end_round(&mut self, last_order: u64, path: &Path) -> bool {
-        let before = self.limit.min(path.most);
+    pub(crate) fn end_round(&mut self, last_order: u64, bounds: &Bounds) -> bool {
+        let before = self.limit.min(bounds.most);
         let (least_rtt, seen) = (self.least_rtt, self.arrived + self.lost);
         let marked = self.marked * ONE / self.arrived.max(1);
         self.marks = self.marks - (self.marks >> MARK_SHIFT) + (marked >> MARK_SHIFT);
@@ -139,13 +139,13 @@ impl Window {
         } else if least_rtt == u64::MAX {
             before
         } else {
-            self.follow_delay(before, least_rtt, path)
+            self.follow_delay(before, least_rtt, bounds)
         };
-        let queued = least_rtt != u64::MAX && least_rtt > path.base.saturating_add(path.tolerance);
+        let queued = least_rtt != u64::MAX && least_rtt > bounds.base.saturating_add(bounds.tolerance);
         let congested = overflows || marked > 0 || queued;
         self.calm = if congested { 0 } else { self.calm.saturating_add(1) };
         // What the link can hold may grow: a window that it does not feel must not hold it back then.
-        let is_open = !congested && next >= path.most;
+        let is_open = !congested && next >= bounds.most;
         *self = Window {
             limit: if is_open { u32::MAX } else { next.max(LEAST) },
             ends_after: last_order,
@@ -157,9 +157,9 @@ impl Window {
         congested
     }
 
-    fn follow_delay(&self, before: u32, rtt: u64, path: &Path) -> u32 {
-        let free = path.base.saturating_add(path.tolerance).max(1);
-        let share = SHARE.0.max(path.most / SHARE.1);
+    fn follow_delay(&self, before: u32, rtt: u64, bounds: &Bounds) -> u32 {
+        let free = bounds.base.saturating_add(bounds.tolerance).max(1);
+        let share = SHARE.0.max(bounds.most / SHARE.1);
         if rtt <= free && self.calm >= CALM_ROUNDS {
             return before.saturating_add(before / 4 + share / 2);
         }
@@ -178,18 +178,18 @@ fn part(of: u32, share: u32) -> u32 {
 mod tests {
     use super::*;
 
-    const PATH: Path = Path { base: 50_000, tolerance: 20_000, most: 2000 };
+    const PATH: Bounds = Bounds { base: 50_000, tolerance: 20_000, most: 2000 };
 
     /// Windows that share a bottleneck of `rate` segments a millisecond: after each round all see the same queue.
-    fn share(windows: &mut [Window], rate: u64, path: &Path, rounds: u64) -> u64 {
-        let mut rtt = path.base;
+    fn share(windows: &mut [Window], rate: u64, bounds: &Bounds, rounds: u64) -> u64 {
+        let mut rtt = bounds.base;
         for round in 1..=rounds {
             for window in &mut *windows {
                 window.sample(rtt);
-                window.end_round(round, path);
+                window.end_round(round, bounds);
             }
-            let under_way: u64 = windows.iter().map(|window| u64::from(window.limit().min(path.most))).sum();
-            rtt = path.base.max(under_way * 1_000_000 / rate);
+            let under_way: u64 = windows.iter().map(|window| u64::from(window.limit().min(bounds.most))).sum();
+            rtt = bounds.base.max(under_way * 1_000_000 / rate);
         }
         rtt
     }
@@ -199,17 +199,17 @@ mod tests {
         // 10 Gbit/s at 50 us and 10 ms, 100 and 400 Gbit/s at 50 us, and a bottleneck slower than the link.
         let cases = [(833, 50, 56), (833, 10_000, 8400), (8333, 50, 500), (33_333, 50, 1800), (100, 50, 56)];
         for (rate, base_us, most) in cases {
-            let path = Path { base: base_us * 1000, tolerance: 20_000.max(base_us * 250), most };
+            let bounds = Bounds { base: base_us * 1000, tolerance: 20_000.max(base_us * 250), most };
             let mut windows = [2, most].map(|limit| Window { limit, ..Window::OPEN });
-            let rtt = share(&mut windows, rate, &path, 150);
-            let [a, b] = windows.map(|window| f64::from(window.limit().min(path.most)));
+            let rtt = share(&mut windows, rate, &bounds, 150);
+            let [a, b] = windows.map(|window| f64::from(window.limit().min(bounds.most)));
             let jain = (a + b) * (a + b) / (2.0 * (a * a + b * b));
             assert!(jain > 0.98, "{a} and {b} at {rate}");
-            let under_way: u64 = windows.iter().map(|window| u64::from(window.limit().min(path.most))).sum();
-            assert!(under_way * 1_000_000 / rate >= path.base, "the link is full");
+            let under_way: u64 = windows.iter().map(|window| u64::from(window.limit().min(bounds.most))).sum();
+            assert!(under_way * 1_000_000 / rate >= bounds.base, "the link is full");
             // The tolerance, the shares, and rounding.
-            let queue = path.tolerance + u64::from(2 * SHARE.0.max(most / SHARE.1) + 4) * 1_000_000 / rate;
-            assert!(rtt <= path.base + queue, "{rtt} at {rate}");
+            let queue = bounds.tolerance + u64::from(2 * SHARE.0.max(most / SHARE.1) + 4) * 1_000_000 / rate;
+            assert!(rtt <= bounds.base + queue, "{rtt} at {rate}");
         }
     }
 
