@@ -18,7 +18,7 @@ use crate::gpu_flags::GpuFlags;
 pub(crate) const DEFAULT_QUEUE_TOLERANCE_US: u64 = 100;
 
 /// Gbit/s, with a fraction, as Mbit/s.
-fn parse_gbps(text: &str) -> Result<u32, String> {
+pub(crate) fn parse_gbps(text: &str) -> Result<u32, String> {
     let gbps: f64 = text.parse().map_err(|_| format!("'{text}' is no number of Gbit/s"))?;
     if !(0.001..=4000.0).contains(&gbps) {
         return Err(format!("{gbps} Gbit/s is outside 0.001 to 4000"));

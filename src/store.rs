@@ -37,9 +37,13 @@ pub(crate) struct Flags {
     /// Chunks on their way in at once, per queue
     #[arg(long, value_name = "COUNT", default_value_t = 16)]
     max_intakes: u16,
-    /// Credit for chunks on their way in: packets asked for and not arrived, per queue
-    #[arg(long, value_name = "PACKETS", default_value_t = 512)]
+    /// Most packets of chunks on their way in that may be asked for and not have arrived, per queue; what the link and the ways to the
+    /// data planes hold is found, and is less
+    #[arg(long, value_name = "PACKETS", default_value_t = 8192)]
     put_window: u32,
+    /// Rate of the link in Gbit/s, which chunks on their way in are to fill and never exceed [default: it is measured]
+    #[arg(long, value_name = "GBPS", value_parser = crate::dataplane::parse_gbps)]
+    link_gbps: Option<u32>,
     /// All stores that share the chunks, this one too, as address and port; it then loads its share. Give the same to the data
     /// planes as --store
     #[arg(long, value_name = "ADDRESS:PORT,...", value_delimiter = ',')]
@@ -99,6 +103,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         max_chunk_bytes,
         max_intakes: flags.max_intakes,
         window_segments: flags.put_window,
+        link_mbps: flags.link_gbps.map_or(0, |mbps| (mbps / u32::from(queues)).max(1)),
         ..AcceptConfig::default()
     };
     let config = store::Config {

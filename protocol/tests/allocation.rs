@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use network::chunks::{Chunk, Layout, Library};
 use network::random::Random;
+use protocol::put::{AcceptConfig, AcceptEngine, AcceptEvent, OfferConfig, OfferEngine, PutVerdict};
 use protocol::wire::message::MAX_CONTROL_BYTES;
 use protocol::{
-    ChunkShape, Event, FetchConfig, FetchEngine, FetchId, Instant, Key, LookupId, Peer, Placement,
-    ServeConfig, ServeEngine, Sources, StoreIndex, Verdict,
+    ChunkInfo, ChunkShape, ChunkSource, Event, FetchConfig, FetchEngine, FetchId, Instant, Key, LookupId,
+    Peer, Placement, ServeConfig, ServeEngine, Sources, StoreIndex, Verdict,
 };
 
 const SHAPE: ChunkShape = ChunkShape { layers: 4, kv_heads: 2, head_dim: 8, dtype: 1 };
@@ -145,4 +146,96 @@ fn nothing_is_allocated_after_start() {
     // The meter counts.
     assert_eq!(meter.run(|| std::hint::black_box(vec![1_u8; 100])).len(), 100);
     assert_eq!(meter.allocations, 1);
+}
+
+/// Everything that is offered has so many bytes.
+const PUT_BYTES: u64 = 20_000;
+
+struct Anything;
+
+impl ChunkSource for Anything {
+    fn find(&self, _key: &Key) -> Option<ChunkInfo> {
+        None
+    }
+
+    fn chunk_bytes(&self, _handle: u32) -> Option<u64> {
+        Some(PUT_BYTES)
+    }
+}
+
+#[test]
+fn nothing_is_allocated_in_a_put_after_start() {
+    let accept = AcceptConfig {
+        max_intakes: 3,
+        max_chunk_bytes: 32 << 10,
+        segment_bytes: 256,
+        rto_min: Duration::from_micros(300),
+        silence: Duration::from_millis(5),
+        ..AcceptConfig::default()
+    };
+    let offer = OfferConfig {
+        max_offers: 4,
+        stores: 1,
+        segment_bytes: 256,
+        rto_min: Duration::from_micros(300),
+        rto_max: Duration::from_millis(20),
+        serve: ServeConfig { epoch: 5, max_pending_pulls: 16, ..ServeConfig::default() },
+        seed: 1,
+    };
+    let (mut store, mut plane) = (AcceptEngine::new(accept), OfferEngine::new(offer));
+    let (mut meter, mut random) = (Meter::default(), Random::new(2));
+    let (mut up, mut down, mut out) = (Wire::new(), Wire::new(), [0; MAX_CONTROL_BYTES]);
+    let peer = Peer { mac: [2; 6], ip: [10, 0, 0, 1].into(), port: 1 };
+    let mut ended = 0;
+    for step in 0..40_000_u64 {
+        let now = step * 2000;
+        let at = Instant::from_nanos(now);
+        if step % 50 == 0 {
+            let key = Key(std::array::from_fn(|byte| (step >> (byte % 8)) as u8));
+            let deadline = at + Duration::from_millis(random.between(1, 40));
+            let _ = meter.run(|| plane.start(at, deadline, StoreIndex(0), &key, 100, PUT_BYTES));
+        }
+        // Now and then nothing comes through for 4 ms.
+        let is_cut = step / 2000 % 4 == 0;
+        while let Some((_, _, bytes)) = up.pop_front_if(|message| message.0 <= now) {
+            if !is_cut {
+                let marked = random.chance(0.1);
+                let _ = meter.run(|| store.handle_datagram(at, peer, marked, &bytes, |_| false).map(drop));
+            }
+        }
+        while let Some((_, _, bytes)) = down.pop_front_if(|message| message.0 <= now) {
+            let _ = meter.run(|| plane.handle_datagram(at, StoreIndex(0), peer, &bytes, &Anything));
+        }
+        meter.run(|| store.handle_timeout(at));
+        meter.run(|| plane.handle_timeout(at));
+        while let Some(event) = meter.run(|| store.poll_event()) {
+            match event {
+                AcceptEvent::Reserve { intake, .. } => {
+                    meter.run(|| store.reserved(at, intake, Ok(())));
+                }
+                AcceptEvent::Arrived { intake, .. } => {
+                    let verdict = if random.chance(0.1) { PutVerdict::Corrupt } else { PutVerdict::Stored };
+                    meter.run(|| store.mark_corrupt(intake, 1000..2000));
+                    meter.run(|| store.verdict(at, intake, verdict));
+                }
+                AcceptEvent::Dropped { .. } => {}
+            }
+        }
+        while meter.run(|| plane.poll_event()).is_some() {
+            ended += 1;
+        }
+        while let Some((_, len)) = meter.run(|| store.poll_transmit(at, &mut out)) {
+            send(&mut down, &mut random, now, 0, &out[..len]);
+        }
+        for _ in 0..4 {
+            let Some(sent) = meter.run(|| plane.poll_transmit(at, &mut out)) else { break };
+            let mut message = out[..sent.header_bytes].to_vec();
+            message.resize(sent.header_bytes + sent.payload.map_or(0, |(_, range)| range.len()), 0);
+            send(&mut up, &mut random, now, 0, &message);
+        }
+    }
+    let counters = store.counters();
+    assert!(ended > 100 && counters.stored > 50, "{ended} offers: {counters:?}");
+    assert!(counters.segments_lost > 100 && counters.timeouts > 0 && counters.corrupt > 0, "{counters:?}");
+    assert_eq!(meter.allocations, 0);
 }

@@ -15,7 +15,7 @@ mod chunks;
 mod random;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use protocol::put::{
     AcceptConfig, AcceptEngine, AcceptEvent, Declined, Intake, OfferConfig, OfferEnd, OfferEngine,
     OfferFailure, OfferId, OfferTo, PutVerdict, Taken,
 };
-use protocol::wire::message::MAX_CONTROL_BYTES;
+use protocol::wire::message::{self, ErrorCode, MAX_CONTROL_BYTES, Message, Refusal};
 use protocol::wire::offer::OfferStatus;
 use protocol::{ChunkInfo, ChunkShape, ChunkSource, Instant, Key, Peer, ServeConfig, StoreIndex};
 use random::Random;
@@ -91,8 +91,11 @@ struct World {
     random: Random,
     now: u64,
     latency_nanos: u64,
-    /// Larger messages do not arrive.
+    /// Larger messages do not arrive, and neither do these segments, once each.
     carries_bytes: usize,
+    loses_segments: BTreeSet<u32>,
+    /// So many PULLs are answered as busy.
+    refuses_pulls: u32,
     store: Store,
     planes: Vec<DataPlane>,
     wire: BinaryHeap<Reverse<(u64, u64)>>,
@@ -148,6 +151,8 @@ impl World {
             now: 1,
             latency_nanos: 20_000,
             carries_bytes: usize::MAX,
+            loses_segments: BTreeSet::new(),
+            refuses_pulls: 0,
             store: Store {
                 engine: AcceptEngine::new(config),
                 config,
@@ -205,7 +210,8 @@ impl World {
     fn send(&mut self, to: To, payload: &[u8]) {
         // One packet a microsecond, whoever sends.
         self.busy_until = self.busy_until.max(self.now) + 1000;
-        if payload.len() <= self.carries_bytes {
+        let is_lost = message::data(payload).is_some_and(|data| self.loses_segments.remove(&data.segment));
+        if payload.len() <= self.carries_bytes && !is_lost {
             self.sequence += 1;
             self.in_transit.insert(self.sequence, (to, payload.to_vec()));
             self.wire.push(Reverse((self.busy_until + self.latency_nanos, self.sequence)));
@@ -262,7 +268,8 @@ impl World {
             return;
         }
         let stored = &store.stored;
-        let taken = store.engine.handle_datagram(now, peer(plane), payload, |key| stored.contains_key(key));
+        let taken =
+            store.engine.handle_datagram(now, peer(plane), false, payload, |key| stored.contains_key(key));
         if let Ok(Taken::Segment { intake, offset, data }) = taken {
             let (granted, memory) = store.granted.get_mut(&intake.slot()).expect("memory was granted");
             assert_eq!(*granted, intake);
@@ -272,6 +279,15 @@ impl World {
 
     fn at_data_plane(&mut self, plane: usize, payload: &[u8]) {
         let now = self.at();
+        if self.refuses_pulls > 0
+            && let Ok(Message::Pull(pull)) = Message::new_checked(payload)
+        {
+            self.refuses_pulls -= 1;
+            let busy = Refusal::of_pull(pull.range.tag, pull.sequence, ErrorCode::Busy, pull.range.epoch);
+            let mut out = [0; MAX_CONTROL_BYTES];
+            let len = message::emit_error(&mut out, &Refusal { retry_us: 100, ..busy }).unwrap();
+            return self.send(To::Store(plane), &out[..len]);
+        }
         let DataPlane { engine, shelf, .. } = &mut self.planes[plane];
         if OfferEngine::takes(payload) {
             let _ = engine.handle_datagram(now, StoreIndex(0), STORE, payload, shelf);
@@ -464,6 +480,58 @@ fn a_chunk_over_a_good_network_is_stored_and_asks_nothing_twice() {
     world.assert_quiet();
     assert_eq!(world.end(0, again), OfferEnd::AlreadyStored);
     assert_eq!(world.store.engine.counters().segments, counters.segments);
+}
+
+#[test]
+fn lost_segments_are_asked_for_again_after_a_round_trip_and_nothing_else_is() {
+    let mut world = World::new(13, 1, accept_config());
+    world.loses_segments = [3, 20, 21, 40].into();
+    let id = world.offer(0, 5, SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.end(0, id), OfferEnd::Stored);
+    let counters = world.store.engine.counters();
+    assert_eq!((counters.segments_lost, counters.segments_asked_again), (4, 4), "{counters:?}");
+    assert_eq!((counters.segments_late, counters.tail_probes, counters.timeouts), (0, 0, 0), "{counters:?}");
+    // Some round trips of 40 us and more than 100 packets of 1 us.
+    assert!(world.planes[0].ends[&id.handle()].0 < MILLISECOND, "no timeout was waited for");
+}
+
+#[test]
+fn a_lost_last_segment_is_probed_for() {
+    let mut world = World::new(14, 1, accept_config());
+    let bytes = Chunk::new(&World::key(5), &SHAPE, 4096, &mut Random::new(5)).info.chunk_bytes;
+    world.loses_segments = [bytes.div_ceil(256) as u32 - 1].into();
+    let id = world.offer(0, 5, SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.end(0, id), OfferEnd::Stored);
+    let counters = world.store.engine.counters();
+    assert_eq!((counters.tail_probes, counters.timeouts, counters.segments_asked_again), (1, 0, 1));
+}
+
+#[test]
+fn a_data_plane_without_room_for_pulls_is_left_alone_for_a_while() {
+    let mut world = World::new(15, 1, accept_config());
+    world.refuses_pulls = 3;
+    let id = world.offer(0, 5, SECOND);
+    world.run();
+    world.assert_quiet();
+    assert_eq!(world.end(0, id), OfferEnd::Stored);
+    let counters = world.store.engine.counters();
+    assert_eq!((counters.errors, counters.timeouts, counters.tail_probes), (3, 0, 0), "{counters:?}");
+    assert_eq!(counters.segments_asked_again, 3 * 8, "what was refused, PULLs of 8 segments");
+    assert!(world.planes[0].ends[&id.handle()].0 < MILLISECOND, "no timeout was waited for");
+}
+
+#[test]
+fn more_ports_than_intakes_are_pulled_from_by_and_by() {
+    let mut world = World::new(16, 7, accept_config());
+    let ids: Vec<OfferId> = (0..7).map(|plane| world.offer(plane, plane as u64, SECOND)).collect();
+    world.run();
+    world.assert_quiet();
+    assert!(ids.iter().enumerate().all(|(plane, id)| world.end(plane, *id) == OfferEnd::Stored));
+    assert_eq!(world.store.engine.counters().segments_asked_again, 0);
 }
 
 #[test]

@@ -205,9 +205,12 @@ pub const ENTRIES: &[Entry] = &[
         "the same, each stall in the midst of a fetch; p99/alone is over that without asking replicas for planes too",
         hedge_planes,
     ),
-    ours("save", "the data plane saves, 100 Gbps, 50 us", |d, s, k| save(d, s, k, NONE)),
+    ours("save", "the data plane saves, 100 Gbps, 50 us", |d, s, k| save(d, s, k, NONE, 100_000)),
     ours("save-loss-1", "the data plane saves, 1 % of packets lost each way", |d, s, k| {
-        save(d, s, k, Faults { loss: Loss::Random(10_000), ..NONE })
+        save(d, s, k, Faults { loss: Loss::Random(10_000), ..NONE }, 100_000)
+    }),
+    ours("save-loss-1-measured", "the same, the store finds its link's rate", |d, s, k| {
+        save(d, s, k, Faults { loss: Loss::Random(10_000), ..NONE }, 0)
     }),
     ours("mtu-9000", "MTU 9000 all the way, found by a probe", |d, s, k| mtu(d, s, k, None)),
     ours("mtu-shrinks", "the same, and after 20 ms the path carries 1,500, without a word", |d, s, k| {
@@ -629,13 +632,14 @@ fn p99_of_short_fetches(
     (p99_us(&times), figures(&world, 100.0, 1))
 }
 
-fn save(design: Design, seed: u64, scale: u32, faults: Faults) -> Figures {
+/// The store is told its link's rate, 0 if it is to find it.
+fn save(design: Design, seed: u64, scale: u32, faults: Faults, link_mbps: u32) -> Figures {
     let mut scenario = on_path(design, seed, USUAL, 1, 1);
     let chunks = chunks_for(USUAL, 80 * MILLIS, scale);
     scenario.faults_both(1, faults);
     scenario.planes[0].config.max_offers = 16;
     let store = &mut scenario.stores[0];
-    let accept = AcceptConfig { max_chunk_bytes: 8 << 20, ..AcceptConfig::default() };
+    let accept = AcceptConfig { max_chunk_bytes: 8 << 20, link_mbps, ..AcceptConfig::default() };
     store.config.put = PutConfig { accept, memory_bytes: 1 << 40, ..PutConfig::default() };
     store.lacks = (0..chunks).collect();
     scenario.actions.push((0, Action::Host(0, Deed::Save(order(1, 1, 0..chunks)))));

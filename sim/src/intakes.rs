@@ -109,7 +109,7 @@ impl Intakes {
         };
         // What it drops it counts.
         let Ok(Taken::Segment { intake, offset, data }) =
-            self.engine.handle_datagram(now, from, payload, stored)
+            self.engine.handle_datagram(now, from, packet.marked, payload, stored)
         else {
             return;
         };
@@ -286,12 +286,14 @@ impl Intakes {
     }
 
     /// Names and values to show after a run.
-    pub fn counters(&self) -> [(String, u64); 4] {
+    pub fn counters(&self) -> [(String, u64); 6] {
         let counters = self.engine.counters();
         [
             ("put_stored".into(), counters.stored),
             ("put_pulls".into(), counters.pulls),
             ("put_asked_again".into(), counters.segments_asked_again),
+            ("put_late".into(), counters.segments_late),
+            ("put_probes".into(), counters.tail_probes),
             ("put_timeouts".into(), counters.timeouts),
         ]
     }

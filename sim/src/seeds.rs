@@ -302,6 +302,7 @@ fn saves(r: &mut Random, scenario: &mut Scenario) {
             max_chunk_bytes: number(r.pick(&[5000, 1 << 20, 1 << 20, 1 << 20])),
             segment_bytes: fetch.segment_bytes,
             window_segments: number(r.pick(&[1, 8, 64, 500])),
+            link_mbps: fetch.link_mbps,
             rto_min: fetch.rto_min,
             rto_max: fetch.rto_max,
             silence: Duration::from_millis(r.between(5, 400)),

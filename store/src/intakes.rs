@@ -63,7 +63,13 @@ put_counts! {
     segments_asked,
     /// Segments asked for again.
     segments_asked_again,
-    /// Timeouts.
+    /// Segments given up as lost.
+    segments_lost,
+    /// Of those, that came after all.
+    segments_late,
+    /// Times that the last segment under way of a data plane was asked for again because nothing came.
+    tail_probes,
+    /// Times that everything under way of one data plane was given up as lost.
     timeouts,
 }
 
@@ -87,11 +93,11 @@ impl Intakes {
     pub(crate) fn take(
         &mut self,
         now: Instant,
-        from: Peer,
+        (from, marked): (Peer, bool),
         payload: &[u8],
         chunks: &Chunks,
     ) -> Result<(), DropReason> {
-        let taken = self.engine.handle_datagram(now, from, payload, |key| chunks.contains(key))?;
+        let taken = self.engine.handle_datagram(now, from, marked, payload, |key| chunks.contains(key))?;
         let Taken::Segment { intake, offset, data } = taken else { return Ok(()) };
         let Some((_, block)) = &mut self.memory[intake.slot()] else {
             unreachable!("an intake that is being pulled has its memory here");

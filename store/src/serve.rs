@@ -57,7 +57,7 @@ impl ServeStage {
             counts.datagrams.add(1);
             let payload = datagram.mbuf.data();
             if AcceptEngine::takes(payload) {
-                intakes.take(now, datagram.from, payload, chunks)
+                intakes.take(now, (datagram.from, datagram.marked), payload, chunks)
             } else {
                 engine.handle_datagram(now, datagram.from, payload, chunks.as_ref())
             }

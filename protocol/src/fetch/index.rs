@@ -1,7 +1,7 @@
 //! Index types of the engine's tables, and lists threaded through them.
 
-pub(super) use crate::pull::{Index, SpanIndex as TransferIndex};
 use crate::pull::index;
+pub(super) use crate::pull::{Index, SpanIndex as TransferIndex};
 
 index! {
     /// A fetch under way.

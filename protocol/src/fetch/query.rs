@@ -164,9 +164,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 .zip(candidates.as_slice().iter().copied())
                 .filter(move |(rank, _)| missing >> rank & 1 == 0)
         };
-        held()
-            .find(|(_, store)| self.path(*store).is_usable(self.now))
-            .or_else(|| held().next())
+        held().find(|(_, store)| self.path(*store).is_usable(self.now)).or_else(|| held().next())
     }
 
     /// The store that a chunk not yet opened would be asked of.

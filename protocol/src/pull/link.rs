@@ -12,6 +12,8 @@ const OVERHEAD_BYTES: u64 = 98;
 /// Under way before anything is known: what QUIC's initial window of 10 packets (RFC 9002 section 7.2) has become on
 /// data-centre links, and little beside the smallest switch buffers.
 const INITIAL: u32 = 64;
+/// The round trip that is assumed before one was measured, at a given rate, which paces what is asked for: a data centre's.
+const FIRST_BASE_NS: u64 = 50_000;
 /// Time that the segments of one PULL take, so that the answers to two peers mix in a few microseconds.
 const PULL_NS: u64 = 10_000;
 /// Segments of a PULL: a packet of its own must be worth it; a word holds 64.
@@ -205,14 +207,15 @@ impl Link {
         let (least, most) = PULL;
         let per_pull = self.rate / self.wire_bytes * PULL_NS / 1_000_000_000;
         let pull = u32::try_from(per_pull).unwrap_or(most).clamp(least, most);
-        let product = u128::from(self.rate) * u128::from(self.base) / 1_000_000_000;
+        let base = if self.base > 0 { self.base } else { FIRST_BASE_NS };
+        let product = u128::from(self.rate) * u128::from(base) / 1_000_000_000;
         let holds = u32::try_from(product / u128::from(self.wire_bytes)).unwrap_or(u32::MAX);
         let makes_up = u64::from(ONE + 2 * self.losses.min(MOST_LOSS));
         let filled = u64::from(holds.saturating_add(2 * pull)) * makes_up / u64::from(ONE);
         let filled = u32::try_from(filled).unwrap_or(u32::MAX);
         let cap = match (self.is_given, self.startup) {
             (true, _) if self.base > 0 => filled,
-            (true, _) => INITIAL,
+            (true, _) => filled.max(INITIAL),
             (false, Some(window)) => window,
             (false, None) if self.round.is_multiple_of(PROBE_ROUNDS) => filled.saturating_add(holds / 4),
             (false, None) => filled,
@@ -238,6 +241,7 @@ mod tests {
         link.set_base(10_000_000);
         assert_eq!(link.cap(), 8127 + 16);
         let mut link = Link::new(400_000, 1440, 1 << 20);
+        assert_eq!(link.cap(), 1625 + 128, "as if the path were short");
         link.set_base(50_000);
         assert_eq!((link.cap(), link.pull()), (1625 + 128, 64));
         let mut link = Link::new(400_000, 1440, 100);

@@ -23,10 +23,13 @@ mod rtt;
 mod segments;
 mod span;
 pub(crate) mod tag;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "numbers of the test are small")]
+mod twin;
 mod window;
 
 pub(crate) use index::{Index, PathIndex, SpanIndex, index};
 pub(crate) use path::Path;
-pub(crate) use puller::{Arrival, Budgets, Puller, Requested, TakenIn, TimedOut, Worth};
+pub(crate) use puller::{Arrival, Budgets, Puller, TimedOut, Worth};
 pub(crate) use rtt::Rtt;
 pub(crate) use span::Span;

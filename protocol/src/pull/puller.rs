@@ -8,13 +8,13 @@ use crate::time::{Instant, nanos_of};
 use crate::wire::message::{self, MAX_PULL_RUNS, PullRange, Run};
 
 use super::asks::{Ask, Asks};
+use super::bits;
 use super::index::{AskIndex, Index, PathIndex, SpanIndex};
 use super::link::Link;
 use super::pace::Pacer;
 use super::path::Path;
 use super::segments::{self, Word};
 use super::span::Span;
-use super::{bits, tag};
 
 /// Most PULLs under way: enough for 400 Gbit/s over 10 ms in PULLs of 64 segments.
 const MAX_ASKS: u32 = 8192;
@@ -105,6 +105,8 @@ pub(crate) enum TimedOut {
 #[derive(Debug)]
 pub(crate) struct Puller {
     pub(super) paths: Box<[Path]>,
+    /// A path of which nothing is known.
+    new_path: Path,
     pub(super) spans: Box<[Span]>,
     /// For each span, its segments, and by which PULL each was asked for last.
     pub(super) words: Box<[Word]>,
@@ -132,16 +134,21 @@ impl Puller {
         let span_words = bits::words(budgets.span_segments);
         let asks = budgets.window_segments.min(budgets.memory_segments).clamp(64, MAX_ASKS) as usize;
         let path = Path::new(nanos_of(budgets.rto_min), nanos_of(budgets.rto_max));
+        let link = Link::new(budgets.link_mbps, budgets.segment_bytes, budgets.window_segments);
+        let mut pacer = Pacer::UNPACED;
+        let (rate, wire_bytes) = link.pace();
+        pacer.set_rate(rate, wire_bytes, link.burst());
         Puller {
             paths: vec![path; budgets.paths].into(),
+            new_path: path,
             spans: vec![Span::NONE; budgets.spans].into(),
             words: vec![Word::default(); budgets.spans * span_words].into(),
             asked_by: vec![AskIndex(0); budgets.spans * span_words * 64].into(),
             span_words,
             asks: Asks::new(asks, budgets.seed),
             given_up: VecDeque::with_capacity(asks),
-            link: Link::new(budgets.link_mbps, budgets.segment_bytes, budgets.window_segments),
-            pacer: Pacer::UNPACED,
+            link,
+            pacer,
             congested: false,
             tolerance_ns: nanos_of(budgets.queue_tolerance),
             window_segments: budgets.window_segments,
@@ -241,9 +248,9 @@ impl Puller {
         self.pacer.spend(now, 1);
     }
 
-    /// Whether the link has credit, and there is room for another PULL.
+    /// Whether the link has credit, and there is room for another PULL; asked when something is wanted.
     pub(crate) fn has_credit(&mut self) -> bool {
-        let has_credit = self.in_flight < self.link.cap();
+        let has_credit = self.may_ask();
         if !has_credit {
             self.link.is_full();
         }
@@ -267,8 +274,9 @@ impl Puller {
     /// Whether to ask for segments of a span now, while the link has credit.
     pub(crate) fn worth(&mut self, now: Instant, index: SpanIndex) -> Worth {
         let Span { path, cursor, segments, .. } = self.spans[index.at()];
-        let words = &self.words[self.words_of(index)];
+        let words = &self.words[index.at() * self.span_words..(index.at() + 1) * self.span_words];
         let first = segments::next_wanted(words, cursor, segments);
+        self.spans[index.at()].cursor = first;
         if first == segments {
             return Worth::Nothing;
         }
@@ -288,10 +296,29 @@ impl Puller {
         (self.link.cap() - self.in_flight).min(room).min(self.link.pull())
     }
 
+    /// Whether the link has credit.
+    pub(crate) fn may_ask(&self) -> bool {
+        self.in_flight < self.link.cap()
+    }
+
+    /// Begins a path anew, to another peer; nothing is under way along it.
+    pub(crate) fn forget(&mut self, path: PathIndex) {
+        let path = &mut self.paths[path.at()];
+        assert!(path.in_flight == 0 && path.users == 0, "nobody uses it");
+        *path = self.new_path;
+    }
+
     /// Whether segments of a span are wanted.
     pub(crate) fn is_wanted(&self, index: SpanIndex) -> bool {
         let Span { cursor, segments, .. } = self.spans[index.at()];
         segments::next_wanted(&self.words[self.words_of(index)], cursor, segments) < segments
+    }
+
+    /// Whether a segment of a span is under way.
+    #[cfg(test)]
+    pub(super) fn is_asked_for(&self, index: SpanIndex, segment: u32) -> bool {
+        let (word, bit) = segments::place(segment);
+        self.words[self.words_of(index)][word].asked & bit != 0
     }
 
     /// Whether everything of a span was asked for, for all that is known without a search.
@@ -419,13 +446,6 @@ impl Puller {
 
     pub(super) fn words_of(&self, span: SpanIndex) -> Range<usize> {
         span.at() * self.span_words..(span.at() + 1) * self.span_words
-    }
-
-    /// Whether a tag names a span, perhaps in an earlier use of it.
-    #[inline]
-    pub(crate) fn span_of(&self, tag: u32) -> Option<SpanIndex> {
-        let index = SpanIndex(tag::slot_of(tag));
-        (index.at() < self.spans.len()).then_some(index)
     }
 }
 

@@ -188,7 +188,8 @@ mod tests {
                 window.sample(rtt);
                 window.end_round(round, bounds);
             }
-            let under_way: u64 = windows.iter().map(|window| u64::from(window.limit().min(bounds.most))).sum();
+            let under_way: u64 =
+                windows.iter().map(|window| u64::from(window.limit().min(bounds.most))).sum();
             rtt = bounds.base.max(under_way * 1_000_000 / rate);
         }
         rtt
@@ -205,7 +206,8 @@ mod tests {
             let [a, b] = windows.map(|window| f64::from(window.limit().min(bounds.most)));
             let jain = (a + b) * (a + b) / (2.0 * (a * a + b * b));
             assert!(jain > 0.98, "{a} and {b} at {rate}");
-            let under_way: u64 = windows.iter().map(|window| u64::from(window.limit().min(bounds.most))).sum();
+            let under_way: u64 =
+                windows.iter().map(|window| u64::from(window.limit().min(bounds.most))).sum();
             assert!(under_way * 1_000_000 / rate >= bounds.base, "the link is full");
             // The tolerance, the shares, and rounding.
             let queue = bounds.tolerance + u64::from(2 * SHARE.0.max(most / SHARE.1) + 4) * 1_000_000 / rate;

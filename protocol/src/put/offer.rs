@@ -9,19 +9,17 @@ use std::time::Duration;
 use crate::fetch::StoreIndex;
 use crate::frame::Peer;
 use crate::key::Key;
-use crate::pull::tag;
+use crate::pull::{Rtt, tag};
 use crate::reason::DropReason;
 use crate::serve::{ChunkSource, ServeConfig, ServeCounters, ServeEngine};
-use crate::time::Instant;
+use crate::time::{Instant, nanos_of};
 use crate::wire::message::{Message, MessageType, SEGMENT_ALIGN};
 use crate::wire::offer::{self, Offer, OfferReply, OfferStatus};
 
-use super::rtt::Rtt;
-
-/// PULLs in a row that begin no further than others before, after which segments are thought to stay away.
+/// PULLs that begin with the same segment, while none begins further than any before, after which segments are thought to stay away.
 const SUSPECT_PULLS: u8 = 4;
 /// While a store pulls, this many timeouts pass without a word from it before the offer is repeated.
-const QUIET_TIMEOUTS: u64 = 8;
+const QUIET_TIMEOUTS: u64 = 2;
 
 /// Budgets of one queue of a data plane. Everything is allocated from them in [`OfferEngine::new`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,9 +174,11 @@ struct Slot {
     sent_at: Instant,
     backoff: u8,
     sent: u32,
-    /// By which tag it is pulled, the furthest segment with which a PULL began, and how many PULLs in a row began no further.
+    /// By which tag it is pulled, and the furthest segment with which a PULL began; of the PULLs since then, the nearest with which one
+    /// began, and how many did.
     pulled_by: u32,
     pulled_to: Option<u32>,
+    pulled_back_to: u32,
     pulled_again: u8,
 }
 
@@ -225,13 +225,14 @@ impl OfferEngine {
             sent: 0,
             pulled_by: 0,
             pulled_to: None,
+            pulled_back_to: 0,
             pulled_again: 0,
         };
         OfferEngine {
             slots: (0..config.max_offers).map(slot).collect(),
             segment_bytes: vec![config.segment_bytes; usize::from(config.stores)].into(),
             suspect: None,
-            rtt: Rtt::new(config.rto_min, config.rto_max),
+            rtt: Rtt::new(nanos_of(config.rto_min), nanos_of(config.rto_max)),
             events: VecDeque::with_capacity(usize::from(config.max_offers)),
             serve: ServeEngine::new(config.serve),
             counters: OfferCounters::default(),
@@ -282,6 +283,7 @@ impl OfferEngine {
             sent: 0,
             pulled_by: 0,
             pulled_to: None,
+            pulled_back_to: 0,
             pulled_again: 0,
         };
         let id = OfferId(slot.id);
@@ -333,11 +335,18 @@ impl OfferEngine {
     fn note_pull(&mut self, slot: usize, tag: u32, segment: u32) {
         let slot = &mut self.slots[slot];
         if slot.pulled_by != tag {
-            (slot.pulled_by, slot.pulled_to) = (tag, None);
+            (slot.pulled_by, slot.pulled_to, slot.pulled_again) = (tag, None, 0);
         }
-        let is_further = slot.pulled_to.is_none_or(|furthest| segment > furthest);
-        slot.pulled_again = if is_further { 0 } else { slot.pulled_again + 1 };
-        slot.pulled_to = slot.pulled_to.max(Some(segment));
+        if slot.pulled_to.is_none_or(|furthest| segment > furthest) {
+            (slot.pulled_to, slot.pulled_again) = (Some(segment), 0);
+            return;
+        }
+        // Single losses are asked for again too, but seldom the same one so often.
+        if slot.pulled_again == 0 || segment < slot.pulled_back_to {
+            (slot.pulled_back_to, slot.pulled_again) = (segment, 1);
+        } else if segment == slot.pulled_back_to {
+            slot.pulled_again += 1;
+        }
         if slot.pulled_again >= SUSPECT_PULLS {
             slot.pulled_again = 0;
             self.suspect = Some(slot.store);
@@ -418,10 +427,10 @@ impl OfferEngine {
 
     /// The store works on it: the offer is repeated only once it falls silent.
     fn heard(&mut self, now: Instant, slot: usize, state: State) {
-        let timeout = self.rtt.timeout(0);
+        let timeout = self.rtt.rto(0);
         let slot = &mut self.slots[slot];
         if slot.sent == 1 && slot.state == State::Offering {
-            self.rtt.sample(now.nanos().saturating_sub(slot.sent_at.nanos()));
+            self.rtt.sample(now.nanos(), now.nanos().saturating_sub(slot.sent_at.nanos()), 0);
         }
         slot.state = state;
         slot.backoff = 0;
@@ -504,7 +513,7 @@ impl OfferEngine {
         };
         slot.sent_at = now;
         slot.sent = slot.sent.saturating_add(1);
-        slot.due_at = now.plus_nanos(self.rtt.timeout(slot.backoff));
+        slot.due_at = now.plus_nanos(self.rtt.rto(slot.backoff));
         slot.backoff = slot.backoff.saturating_add(1);
         let (store, due_at) = (slot.store, slot.due_at);
         self.arm(due_at);

@@ -203,7 +203,7 @@ impl World {
         }
         let now = self.now();
         // Of the keys, one is stored already.
-        let taken = self.accept.handle_datagram(now, from, payload, |key| key.0[0] == 3);
+        let taken = self.accept.handle_datagram(now, from, false, payload, |key| key.0[0] == 3);
         if let Ok(Taken::Segment { intake, offset, data }) = taken {
             let (granted, bytes) = self.granted[&intake.slot()];
             assert_eq!(granted, intake, "memory was granted");
