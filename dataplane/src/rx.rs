@@ -590,7 +590,8 @@ fn address(stores: &[StoreAddress], macs: &[Option<[u8; 6]>], store: StoreIndex)
 }
 
 fn outgoing(from_port: u16, to: Peer, payload_bytes: usize, covered: bool) -> Outgoing {
-    Outgoing { from_port, to, payload_bytes, tail: None, marks_answered: false, covered }
+    // What is covered by checksums of its own is DATA of a save, of which a store asks for less when it arrives marked.
+    Outgoing { from_port, to, payload_bytes, tail: None, marks_answered: covered, covered }
 }
 
 /// What a path carries has changed.

@@ -205,6 +205,8 @@ pub const ENTRIES: &[Entry] = &[
         "the same, each stall in the midst of a fetch; p99/alone is over that without asking replicas for planes too",
         hedge_planes,
     ),
+    ours("far-4", "two replicas 8 ms away, 4 times the longest timeout", |d, s, _| far(d, s, 4)),
+    ours("far-50", "two replicas 100 ms away, 50 times the longest timeout", |d, s, _| far(d, s, 50)),
     ours("save", "the data plane saves, 100 Gbps, 50 us", |d, s, k| save(d, s, k, NONE, 100_000)),
     ours("save-loss-1", "the data plane saves, 1 % of packets lost each way", |d, s, k| {
         save(d, s, k, Faults { loss: Loss::Random(10_000), ..NONE }, 100_000)
@@ -582,6 +584,17 @@ fn placed(design: Design, seed: u64, scale: u32, trouble: Trouble) -> Figures {
         Trouble::Loss => scenario.faults_both(1, Faults { loss: Loss::Random(50_000), ..NONE }),
     }
     figures(&run(&scenario), 100.0, 1)
+}
+
+/// A fetch of 32 chunks from two stores that are so many times the longest timeout away, each of which has all.
+fn far(design: Design, seed: u64, timeouts: u64) -> Figures {
+    let path = Path { gbps: 10, rtt_nanos: timeouts * 2 * MILLIS };
+    let mut scenario = on_path(design, seed, path, 1, 2);
+    scenario.planes[0].config.replicas = 2;
+    scenario.planes[0].config.fetch.rto_min = Duration::from_millis(1);
+    scenario.planes[0].config.fetch.rto_max = Duration::from_millis(2);
+    scenario.fetch(0, 0, Order { stores: Vec::new(), deadline_nanos: 5 * SECOND, ..order(1, 0, 0..32) });
+    figures(&run(&scenario), 10.0, 1)
 }
 
 fn hedge(design: Design, seed: u64, scale: u32) -> Figures {

@@ -44,6 +44,13 @@ fn a_path_that_carries_less_all_of_a_sudden_is_found_out_in_time() {
 }
 
 #[test]
+fn replicas_that_are_farther_away_than_the_longest_timeout_are_heard() {
+    // 8 ms: the fetch takes 202 ms by the link alone. 100 ms: some round trips more until timeouts are as long.
+    let (near, far) = (run("far-4", 1), run("far-50", 1));
+    assert!(near.simulated_ms < 300.0 && far.simulated_ms < 1000.0, "{near:?}\n{far:?}");
+}
+
+#[test]
 fn saving_fills_the_link() {
     let figures = run("save", 2);
     assert!(figures.of_ideal > 0.97 && figures.counters["put_asked_again"] == 0, "{figures:?}");

@@ -17,6 +17,10 @@ use super::index::{ChunkIndex, Index, LookupIndex, QueryIndex, RequestIndex};
 use super::tables::LookupState;
 use super::{FetchEngine, Queued, tag};
 
+/// Times that a key goes from one store that does not answer to the next as soon as one has not; then each is asked once more often before
+/// it goes on, and so forth. A LOOKUP keeps its id while it is repeated, so that an answer to any of its transmissions counts, however far the
+/// store is.
+const HASTY_TRIES: u8 = 4;
 /// How often a silent store is asked whether it is back.
 const KNOCK_NS: u64 = 100_000_000;
 
@@ -71,6 +75,7 @@ pub(super) struct Request {
     pub(super) id: u32,
     pub(super) state: RequestState,
     pub(super) rto_at: Instant,
+    first_sent_at: Instant,
     sent_at: Instant,
     /// Times sent; 0 again once it was answered.
     sent: u8,
@@ -88,6 +93,7 @@ impl Request {
             id,
             state: RequestState::Idle,
             rto_at: Instant::FAR,
+            first_sent_at: Instant::ZERO,
             sent_at: Instant::ZERO,
             sent: 0,
             keys: 0,
@@ -297,17 +303,18 @@ impl<L: ChunkLayout> FetchEngine<L> {
             let Some(len) = self.emit_request(store, request, out) else { continue };
             let entry = &mut self.requests[request.at()];
             entry.state = RequestState::Sent;
+            if entry.sent == 0 {
+                entry.first_sent_at = now;
+            }
             entry.sent = entry.sent.saturating_add(1);
             entry.sent_at = now;
-            let queries = &self.queries;
-            let tries =
-                entry.queries.iter().flatten().map(|query| queries[query.at()].tries).max().unwrap_or(0);
             let sent = entry.sent;
-            // The first time a replica may be quicker; after that it is a matter of loss, and of a round trip that may be
-            // longer than was thought: replicas that are each asked too impatiently are never heard.
-            let wait = match (sent, tries) {
-                (1, 0) if self.placement.replicas() > 1 => self.hedge_after(store),
-                (sent, tries) => self.path(store).rtt.rto((sent - 1).saturating_add(tries)),
+            // The first time a replica may be quicker, or the LOOKUP is probed for as the tail of a PULL is; after that it is a matter of a
+            // round trip that may be longer than was thought: replicas that are each asked too impatiently are never heard.
+            let wait = match (sent - 1).saturating_add(self.tries_of(request)) {
+                0 if self.placement.replicas() > 1 => self.hedge_after(store),
+                0 => self.path(store).rtt.pto(),
+                again => self.path(store).rtt.rto(again - 1),
             };
             let rto_at = now.plus_nanos(wait.max(1));
             self.requests[request.at()].rto_at = rto_at;
@@ -316,6 +323,12 @@ impl<L: ChunkLayout> FetchEngine<L> {
             return Some(Transmit { store, len });
         }
         None
+    }
+
+    /// Times that stores have not answered what a LOOKUP asks for.
+    fn tries_of(&self, request: RequestIndex) -> u8 {
+        let queries = self.requests[request.at()].queries.iter().flatten();
+        queries.map(|query| self.queries[query.at()].tries).max().unwrap_or(0)
     }
 
     /// Moves waiting queries of a store into a LOOKUP that is idle; false if none wait and nobody knocks.
@@ -357,9 +370,12 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// A LOOKUP was not answered in time: what other stores may know is asked of them, the rest is asked again.
     pub(super) fn request_timed_out(&mut self, store: StoreIndex, index: RequestIndex) {
-        let request = self.requests[index.at()];
-        if request.sent >= 2 {
+        let sent = self.requests[index.at()].sent;
+        if sent >= 2 {
             self.note_timeout(store);
+        }
+        if sent > self.tries_of(index) / HASTY_TRIES {
+            self.move_request(store, index);
         }
         self.ask_again(store, index);
     }
@@ -424,8 +440,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         })
     }
 
-    /// Asks for what a LOOKUP asked for once more: other stores where they may know, the same for the rest.
-    fn ask_again(&mut self, store: StoreIndex, index: RequestIndex) {
+    /// Has what a LOOKUP asks for asked of other stores, where they may know.
+    fn move_request(&mut self, store: StoreIndex, index: RequestIndex) {
         for query in self.requests[index.at()].queries.into_iter().flatten() {
             if self.has_alternative(query) {
                 self.drop_query(query);
@@ -436,6 +452,10 @@ impl<L: ChunkLayout> FetchEngine<L> {
                 assert!(asked, "an alternative was seen");
             }
         }
+    }
+
+    /// Sends a LOOKUP once more, if anybody still wants to know.
+    fn ask_again(&mut self, store: StoreIndex, index: RequestIndex) {
         let request = &mut self.requests[index.at()];
         request.state = if request.live > 0 { RequestState::Due } else { RequestState::Idle };
         self.make_due(store);
@@ -451,6 +471,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if index.0 / REQUESTS_PER_STORE != store.0 {
             return Err(DropReason::WrongStore);
         }
+        self.move_request(store, index);
         self.ask_again(store, index);
         Ok(())
     }
@@ -482,9 +503,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         if request.state == RequestState::Idle {
             // Nobody waits for it any more, but the store lives, only farther away than was thought.
-            let rtt = now.nanos().saturating_sub(request.sent_at.nanos());
-            let once = std::mem::take(&mut request.sent) == 1;
-            self.heard_reply(now, store, once.then_some(rtt));
+            let times = (request.first_sent_at, std::mem::take(&mut request.sent));
+            self.heard_reply(now, store, times);
             return Err(DropReason::Stale);
         }
         if reply.entries().len() != usize::from(request.keys) {
@@ -492,9 +512,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         request.state = RequestState::Idle;
         // A copy of the reply says nothing of the round trip.
-        let (queries, once) = (request.queries, std::mem::take(&mut request.sent) == 1);
-        let rtt = now.nanos().saturating_sub(request.sent_at.nanos());
-        self.heard_reply(now, store, once.then_some(rtt));
+        let (queries, times) = (request.queries, (request.first_sent_at, std::mem::take(&mut request.sent)));
+        self.heard_reply(now, store, times);
         self.learn_epoch(store, reply.epoch);
         for (query, info) in queries.into_iter().zip(reply.entries()) {
             if let Some(query) = query.filter(

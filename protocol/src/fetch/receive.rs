@@ -173,14 +173,18 @@ impl<L: ChunkLayout> FetchEngine<L> {
         Ok(Accepted::Control)
     }
 
-    /// Takes in that a store answered a LOOKUP, with the round trip if that is known.
-    pub(super) fn heard_reply(&mut self, now: Instant, store: StoreIndex, rtt: Option<u64>) {
-        self.heard(now, store);
-        self.ready_blocked = false;
-        if let Some(rtt) = rtt {
+    /// Takes in that a store answered a LOOKUP that was sent so often, the first time at `first`. Which transmission it answers is known of
+    /// those that were sent once.
+    pub(super) fn heard_reply(&mut self, now: Instant, store: StoreIndex, (first, sent): (Instant, u8)) {
+        let rtt = now.nanos().saturating_sub(first.nanos());
+        if sent == 1 {
             self.puller.take_round_trip(now, PathIndex(store.0), rtt, 0);
             self.store(store).latency.sample(rtt);
+        } else {
+            self.puller.path_mut(PathIndex(store.0)).rtt.is_at_most(rtt);
         }
+        self.heard(now, store);
+        self.ready_blocked = false;
     }
 
     /// Something other than a segment came from a store.

@@ -35,7 +35,7 @@ impl Rtt {
             smoothed: 0,
             variation: 0,
             rto: initial,
-            pto: initial,
+            pto: rto_min,
             rto_min,
             rto_max,
             most: rto_max,
@@ -64,6 +64,15 @@ impl Rtt {
         // A peer that says to have waited for longer than the round trip took is not believed.
         let base = if waited < rtt { rtt - waited } else { rtt };
         self.least[0] = self.least[0].min(base);
+    }
+
+    /// Takes in that a round trip takes no longer than this: from the first of several transmissions to an answer. Before any sample, no
+    /// timeout is shorter.
+    pub(crate) fn is_at_most(&mut self, rtt: u64) {
+        if self.smoothed == 0 {
+            self.most = self.most.max(rtt.saturating_add(rtt / 2));
+            (self.rto, self.pto) = (self.rto.max(rtt), self.pto.max(rtt));
+        }
     }
 
     /// Smoothed round-trip time, once measured.
@@ -106,6 +115,18 @@ mod tests {
         assert_eq!(rtt.rto(2), 4 * 29_000);
         assert_eq!(rtt.rto(20), 1_000_000);
         assert_eq!(rtt.pto(), 9000 + 20_000);
+    }
+
+    #[test]
+    fn an_answer_to_one_of_several_transmissions_bounds_the_round_trip() {
+        let mut rtt = Rtt::new(10, 1000);
+        assert_eq!((rtt.pto(), rtt.rto(0)), (10, 20));
+        rtt.is_at_most(4000);
+        assert_eq!((rtt.pto(), rtt.rto(0), rtt.rto(1)), (4000, 4000, 6000));
+        assert_eq!(rtt.least(), None, "it is no sample");
+        rtt.sample(0, 50, 0);
+        rtt.is_at_most(8000);
+        assert_eq!(rtt.rto(0), 50 + 4 * 25);
     }
 
     #[test]
