@@ -49,15 +49,18 @@ pub(crate) struct PortFlags {
 impl PortFlags {
     /// The port with `queues` queues and this end's first UDP port.
     pub(crate) fn config(&self, queues: u16, udp_port: u16) -> anyhow::Result<IfaceConfig> {
+        let device = self.port.clone().context("--port is missing")?;
+        // As many as lie in its rings, whatever the flags say.
+        let lent = dpdk::lent_mbufs(&device);
         Ok(IfaceConfig {
-            device: self.port.clone().context("--port is missing")?,
+            device,
             address: self.ip.context("--ip is missing")?,
             vlan: self.vlan,
             udp_port,
             mtu: self.mtu,
             queues,
-            rx_descriptors: self.rx_descriptors,
-            tx_descriptors: self.tx_descriptors,
+            rx_descriptors: lent.unwrap_or(self.rx_descriptors),
+            tx_descriptors: lent.unwrap_or(self.tx_descriptors),
             mbufs: self.mbufs,
             rss: None,
         })

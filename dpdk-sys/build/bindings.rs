@@ -9,6 +9,7 @@ const FUNCTIONS: &[&str] = &[
     "rte_(get_tsc_hz|delay_us_block|malloc_.*|free|mem_.*)",
     "rte_(mempool|pktmbuf|mbuf|ring)_.*",
     "rte_extmem_(un)?register",
+    "rte_mcfg_get_single_file_segments",
     "rte_eth_.*",
     "rte_compressdev_.*|rte_comp_.*",
 ];

@@ -125,11 +125,13 @@ fn dpdk_library(dpdk: &Dpdk, name: &str) {
 /// have of its own, and for functions of elfutils that no package has as an archive.
 const INCOMPLETE: &[(&str, &str)] = &[("elf", "ZSTD_createCCtx")];
 
-/// Calls of the memif driver that reach `shim/memif.c`, which mends what it does, instead.
+/// Calls of the memif driver that reach `shim/memif.c` and `shim/memif_zero_copy.c`, which mend what it does, instead.
 const MEMIF_CALLS: &[&str] = &[
     "munmap=shim_memif_unmap",
     "rte_intr_callback_register=shim_memif_register",
     "rte_intr_instance_free=shim_memif_intr_free",
+    "rte_memseg_walk=shim_memif_walk",
+    "rte_memseg_get_fd=shim_memif_segment_fd",
 ];
 
 /// A call of the mlx5 drivers that reaches `shim/mlx5.c`, which registers GPU memory by its dma-buf, instead.

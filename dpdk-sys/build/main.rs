@@ -72,7 +72,8 @@ fn compile_shim(dpdk: &Dpdk) {
         .file("shim/shim.c")
         .file("shim/compress.c")
         .file("shim/dma_buf.c")
-        .file("shim/memif.c");
+        .file("shim/memif.c")
+        .file("shim/memif_zero_copy.c");
     for flag in &dpdk.cflags {
         shim.flag(flag);
     }

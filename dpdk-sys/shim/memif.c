@@ -8,8 +8,11 @@
  * no lcore is inside; the driver has by then marked the port as not connected, so that whoever enters later turns back at once.
  * Starting, restarting and closing a device is done on the interrupt thread too, where nothing of the driver runs at the same time.
  *
+ * What is done for zero-copy=yes is in memif_zero_copy.c.
+ *
  * Closing a server, the driver frees what the interrupt thread knows its listening socket by, and goes on listening: two more renamed
  * calls see to that. With the shared libdpdk nothing is renamed, and these dangers stay. */
+#include "memif.h"
 #include "shim.h"
 
 #include <errno.h>
@@ -40,8 +43,10 @@ static struct {
 static unsigned int waiting;
 static bool closed[RTE_MAX_ETHPORTS];
 
-/* Of a client's port: how many more times its handshake is waited for. Used on the interrupt thread only. */
+/* Of a client's port: how many more times its handshake is waited for, and whether its mbufs are the shared memory. Used on the interrupt
+ * thread only. */
 static unsigned int patience[RTE_MAX_ETHPORTS];
+static bool zero_copy[RTE_MAX_ETHPORTS];
 
 static inline unsigned int slot_of(uint16_t port, uint16_t queue, unsigned int direction)
 {
@@ -93,6 +98,7 @@ int shim_memif_unmap(void *address, size_t length);
 int shim_memif_unmap(void *address, size_t length)
 {
 	wait_for_lcores();
+	shim_memif_empty(address, length);
 	return munmap(address, length);
 }
 
@@ -181,6 +187,8 @@ static int start(uint16_t port)
 	if (level >= 0)
 		rte_log_set_level((uint32_t)type, (uint32_t)level);
 	patience[port] = result == 0 ? PATIENCE : 0;
+	if (result == 0 && zero_copy[port])
+		shim_memif_watch(port);
 	if (result == 0)
 		__atomic_store_n(&closed[port], false, __ATOMIC_SEQ_CST);
 	return result;
@@ -221,13 +229,15 @@ static void close_work(void *argument)
 {
 	struct work *work = argument;
 	stop(work->port);
+	shim_memif_unwatch(work->port);
 	work->result = rte_eth_dev_close(work->port);
 	__atomic_store_n(&work->done, true, __ATOMIC_RELEASE);
 }
 
-int shim_memif_start(uint16_t port, int is_client)
+int shim_memif_start(uint16_t port, int is_client, int is_zero_copy)
 {
 	__atomic_store_n(&closed[port], true, __ATOMIC_SEQ_CST);
+	zero_copy[port] = is_zero_copy;
 	int result = on_interrupt_thread(start_work, port);
 	return is_client ? rte_eal_alarm_set(RETRY_US, retry, port_argument(port)) : result;
 }

@@ -15,6 +15,7 @@
 #include <rte_cycles.h>
 #include <rte_memory.h>
 #include <rte_malloc.h>
+#include <rte_eal_memconfig.h>
 #include <rte_ring.h>
 #include <rte_mempool.h>
 #include <rte_mbuf.h>
@@ -59,7 +60,10 @@ uint16_t shim_tx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, u
 uint16_t shim_memif_rx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
 uint16_t shim_memif_tx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t n);
 /* Starts a configured net_memif port; a client keeps trying to reach its server until it is closed. */
-int shim_memif_start(uint16_t port, int is_client);
+int shim_memif_start(uint16_t port, int is_client, int is_zero_copy);
+/* Before a client with zero-copy=yes is started: its server will see the memory of this pool. -EXDEV when a pool was shared that lies in
+ * another of the EAL's lists, -EFBIG when it lies in several, or too far from their beginning to be described. */
+int shim_memif_share(struct rte_mempool *pool);
 void shim_memif_close(uint16_t port);
 
 /* 1 when the link is up; never waits for it. */

@@ -35,6 +35,12 @@ pub enum AttachError {
     /// The arguments hold a NUL byte.
     #[error("device arguments {0:?} hold a NUL byte")]
     BadArgument(String),
+    /// A shared-memory port cannot lend its mbufs.
+    #[error(
+        "device {0}: zero-copy=yes needs memory that lies in one file: name the device when the program starts, or start the EAL with \
+         --single-file-segments"
+    )]
+    ManyFiles(String),
     /// No driver took it.
     #[error(
         "device {device} was not attached: {reason}. Is its driver linked (`shadowserve doctor`) and are its arguments right?"
@@ -121,6 +127,10 @@ impl Eal {
     /// When no driver takes it.
     pub fn attach(&self, device: &str) -> Result<String, AttachError> {
         let arguments = CString::new(device).map_err(|_| AttachError::BadArgument(device.to_owned()))?;
+        // SAFETY: reads the configuration of the environment, which is up.
+        if crate::memif::shares_mbufs(device) && !unsafe { dpdk_sys::rte_mcfg_get_single_file_segments() } {
+            return Err(AttachError::ManyFiles(device.to_owned()));
+        }
         crate::memif::remove_stale_socket(device);
         // SAFETY: reads a NUL-terminated string.
         let code = unsafe { dpdk_sys::rte_dev_probe(arguments.as_ptr()) };

@@ -202,10 +202,19 @@ impl EalConfig {
         } else if self.in_memory() && !self.has_extra(&["--in-memory"]) {
             arguments.push("--in-memory".to_owned());
         }
+        if self.shares_mbufs() && !self.has_extra(&["--single-file-segments"]) {
+            arguments.push("--single-file-segments".to_owned());
+        }
         if let Some(mib) = mib.filter(|_| !self.has_extra(&["-m", "--socket-mem"])) {
             arguments.push(format!("-m{mib}"));
         }
         arguments
+    }
+
+    /// Whether a device is made at start that needs all memory in one file.
+    fn shares_mbufs(&self) -> bool {
+        let of_extra = self.extra.iter().map(|argument| argument.strip_prefix("--vdev=").unwrap_or(argument));
+        self.vdevs.iter().map(String::as_str).chain(of_extra).any(crate::memif::shares_mbufs)
     }
 
     /// Whether one of these options is among the extra arguments, as `--name`, `--name=value`, `-x` or `-xvalue`.
@@ -277,6 +286,20 @@ mod tests {
         assert!(line(&sized).contains("-m64"));
         let extra = EalConfig { extra: vec!["-m".into(), "32".into()], ..config };
         assert!(!line(&extra).contains("-m256"));
+    }
+
+    #[test]
+    fn mbufs_that_are_shared_lie_in_one_file() {
+        let with = |vdev: &str, extra: &[&str]| {
+            let extra = extra.iter().map(|&argument| argument.to_owned()).collect();
+            line(&EalConfig { vdevs: vec![vdev.to_owned()], extra, ..EalConfig::default() })
+        };
+        let flag = "--single-file-segments";
+        assert!(with("net_memif0,role=client,zero-copy=yes", &[]).contains(flag));
+        assert!(with("net_null0", &["--vdev", "net_memif0,zero-copy=yes"]).contains(flag));
+        assert!(with("net_null0", &["--vdev=net_memif0,zero-copy=yes"]).contains(flag));
+        assert!(!with("net_memif0,role=server,zero-copy=yes", &[]).contains(flag));
+        assert_eq!(with("net_memif0,zero-copy=yes", &[flag]).matches(flag).count(), 1);
     }
 
     #[test]

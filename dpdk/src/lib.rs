@@ -54,6 +54,7 @@ pub use eal_args::{EalConfig, EalError, LogLevel};
 pub use external::{Attacher, ExternalError, ExternalMemory};
 pub use lcore::{LaunchError, WorkerPanicked};
 pub use mbuf::{Checksum, HEADROOM_BYTES, Mbuf, Segments};
+pub use memif::lent_mbufs;
 pub use pool::{Pool, PoolConfig, PoolError};
 pub use port::{OpenPort, Port, PortStats};
 pub use port_config::{Capabilities, PortConfig};

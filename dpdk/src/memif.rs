@@ -13,14 +13,45 @@ pub(crate) const DRIVER: &str = "net_memif";
 /// Bytes of a shared buffer unless the arguments say otherwise.
 const DEFAULT_BSIZE: u32 = 2048;
 
+/// Logarithm of the descriptors of a ring unless the arguments say otherwise.
+const DEFAULT_LOG2_DESCRIPTORS: u32 = 10;
+
 /// The value of `key` in `role=client,socket=/run/memif.sock`.
 fn value<'a>(arguments: &'a str, key: &str) -> Option<&'a str> {
     arguments.split(',').filter_map(|pair| pair.split_once('=')).find(|pair| pair.0 == key).map(|pair| pair.1)
 }
 
-/// Whether this side connects; the other listens, and is the driver's default.
+/// Whether this side connects, which is the driver's default; the other listens.
 pub(crate) fn is_client(arguments: &str) -> bool {
-    matches!(value(arguments, "role"), Some("client" | "slave"))
+    !matches!(value(arguments, "role"), Some("server" | "master"))
+}
+
+/// Whether this side's mbufs are the shared memory. The driver overlooks it in a server's arguments.
+pub(crate) fn is_zero_copy(arguments: &str) -> bool {
+    is_client(arguments) && value(arguments, "zero-copy") == Some("yes")
+}
+
+/// What follows the driver's name and a number in a device's description, if it is such a port.
+fn arguments_of(device: &str) -> Option<&str> {
+    if !device.starts_with(DRIVER) {
+        return None;
+    }
+    Some(device.split_once(',').map_or("", |(_, arguments)| arguments))
+}
+
+/// Whether a description (`net_memif0,role=client,zero-copy=yes,..`) is of a port whose own mbufs are the shared memory, so that all that the
+/// EAL has in one piece must be in one file.
+pub(crate) fn shares_mbufs(device: &str) -> bool {
+    arguments_of(device).is_some_and(is_zero_copy)
+}
+
+/// Mbufs that lie in each ring, either way, of a shared-memory port with this description, if its mbufs are the shared memory (`zero-copy=yes`):
+/// the driver overlooks what a port is set up with.
+#[must_use]
+pub fn lent_mbufs(device: &str) -> Option<u16> {
+    let arguments = arguments_of(device).filter(|arguments| is_zero_copy(arguments))?;
+    let log2 = value(arguments, "rsize").and_then(|log2| log2.parse().ok());
+    1_u16.checked_shl(log2.unwrap_or(DEFAULT_LOG2_DESCRIPTORS))
 }
 
 /// Bytes of a shared buffer.
@@ -30,9 +61,9 @@ pub(crate) fn bsize(arguments: &str) -> u32 {
 
 /// Removes the socket file of a server that was killed, over which a new one would stumble. One that somebody listens on stays.
 pub(crate) fn remove_stale_socket(device: &str) {
-    let Some((name, arguments)) = device.split_once(',') else { return };
+    let Some(arguments) = arguments_of(device) else { return };
     let in_file_system = value(arguments, "socket-abstract") == Some("no");
-    if !name.starts_with(DRIVER) || is_client(arguments) || !in_file_system {
+    if is_client(arguments) || !in_file_system {
         return;
     }
     let path = value(arguments, "socket").map(Path::new);
@@ -64,10 +95,25 @@ mod tests {
         assert!(
             is_client("socket=/s,role=client")
                 && is_client("role=slave")
+                && is_client("")
                 && !is_client("role=server")
-                && !is_client("")
         );
         assert_eq!((bsize("role=client,bsize=9216"), bsize("bsize=x"), bsize("")), (9216, 2048, 2048));
+    }
+
+    #[test]
+    fn zero_copy_is_the_clients() {
+        assert!(is_zero_copy("zero-copy=yes,role=client") && is_zero_copy("zero-copy=yes"));
+        assert!(!is_zero_copy("role=server,zero-copy=yes") && !is_zero_copy("role=client,zero-copy=no"));
+        assert!(shares_mbufs("net_memif3,zero-copy=yes") && !shares_mbufs("net_tap0,zero-copy=yes"));
+    }
+
+    #[test]
+    fn rings_hold_a_power_of_two() {
+        assert_eq!(lent_mbufs("net_memif0,zero-copy=yes,rsize=11"), Some(2048));
+        assert_eq!(lent_mbufs("net_memif0,zero-copy=yes"), Some(1024));
+        assert_eq!(lent_mbufs("net_memif0,zero-copy=yes,rsize=99"), None, "the driver says what is wrong");
+        assert_eq!(lent_mbufs("net_memif0,rsize=11"), None);
     }
 
     #[test]

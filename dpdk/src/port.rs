@@ -169,6 +169,9 @@ impl Port {
         if !split.is_empty() && plan.capabilities.rss {
             keep_away(id, name, &info, plain_queues)?;
         }
+        if inner.is_memif() && memif::is_zero_copy(&arguments) {
+            lend(name, &pools)?;
+        }
         inner.start(config.promiscuous, &arguments)?;
         inner.rss = if plan.capabilities.rss { read_rss(id, &info, inner.rss_key.clone()) } else { None };
         let inner = Arc::new(inner);
@@ -348,8 +351,9 @@ impl PortInner {
 
     fn start(&mut self, promiscuous: bool, arguments: &str) -> Result<(), PortError> {
         let code = if self.is_memif() {
-            // SAFETY: the port is configured and its queues are set up.
-            unsafe { dpdk_sys::shim_memif_start(self.id, c_int::from(memif::is_client(arguments))) }
+            let (client, lends) = (memif::is_client(arguments), memif::is_zero_copy(arguments));
+            // SAFETY: the port is configured and its queues are set up; pools whose mbufs it lends were noted.
+            unsafe { dpdk_sys::shim_memif_start(self.id, c_int::from(client), c_int::from(lends)) }
         } else {
             // SAFETY: as above.
             unsafe { dpdk_sys::rte_eth_dev_start(self.id) }
@@ -415,6 +419,25 @@ impl fmt::Debug for PortInner {
             .field("driver", &self.driver)
             .finish_non_exhaustive()
     }
+}
+
+/// Notes the pools whose mbufs the server of a shared-memory port will write to.
+fn lend(port: &str, pools: &[Pool]) -> Result<(), PortError> {
+    let cannot = |why| Err(PortError::CannotLend { port: port.to_owned(), why });
+    if cfg!(feature = "shared") {
+        return cannot("the driver of the shared libdpdk loses them when the server leaves (docs/DPDK.md)");
+    }
+    for pool in pools {
+        // SAFETY: the pool lives.
+        match unsafe { dpdk_sys::shim_memif_share(pool.raw()) } {
+            0 => {}
+            code if code == -rustix::io::Errno::XDEV.raw_os_error() => {
+                return cannot("those of another port lie in memory of another NUMA node or page size");
+            }
+            _ => return cannot("they lie in several pieces of memory, or beyond its first 4 GiB"),
+        }
+    }
+    Ok(())
 }
 
 /// A port's number, reserved until it is open.

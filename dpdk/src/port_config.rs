@@ -107,6 +107,8 @@ pub(crate) fn plan(
             frame_bytes,
         });
     }
+    // What it sends its server reads where it lies, which must be in the pools.
+    let lends = driver == memif::DRIVER && memif::is_zero_copy(arguments);
     let rss = config.rx_queues > 1 && info.flow_type_rss_offloads & RSS_UDP != 0;
     let capabilities = Capabilities {
         rx_ip_checksum: can(rx, RX_IP),
@@ -114,7 +116,7 @@ pub(crate) fn plan(
         tx_ip_checksum: can(tx, TX_IP),
         tx_udp_checksum: can(tx, TX_UDP),
         rx_multi_segment: can(rx, RX_SCATTER),
-        tx_multi_segment: can(tx, TX_MULTI),
+        tx_multi_segment: can(tx, TX_MULTI) && !lends,
         rss,
     };
     let mut conf = rte_eth_conf::default();

@@ -90,6 +90,14 @@ pub enum PortError {
         /// What a frame can have.
         frame_bytes: u32,
     },
+    /// The server of a shared-memory port would not see the mbufs.
+    #[error("port {port:?} cannot lend its mbufs: {why}. Leave zero-copy=yes out of its arguments")]
+    CannotLend {
+        /// The port.
+        port: String,
+        /// What is in the way.
+        why: &'static str,
+    },
     /// The driver refused.
     #[error("port {port:?}: {step} failed: {reason}")]
     Failed {

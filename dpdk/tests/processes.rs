@@ -15,6 +15,9 @@ use dpdk::{Burst, Eal, EalConfig, Pool, PoolConfig, Port, PortConfig, RxQueue, T
 /// Packets that the client sends; far more than the ring between the two holds.
 const PACKETS: usize = 200_000;
 
+/// The side of a shared-memory port whose own mbufs are the shared memory.
+const LENDS: &str = "client,zero-copy=yes";
+
 /// Long enough for a busy machine; nothing waits for it to pass.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -22,9 +25,9 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["role:memif-client", pages, socket] => memif_client(pages == "huge", socket),
-        ["role:memif-server", pages, socket] => memif_server(pages == "huge", socket),
-        ["role:memif-busy", role, socket] => memif_busy(role, socket),
+        ["role:memif-sender", pages, side, socket] => memif_sender(pages == "huge", side, socket),
+        ["role:memif-receiver", pages, side, socket] => memif_receiver(pages == "huge", side, socket),
+        ["role:memif-busy", side, socket] => memif_busy(side, socket),
         ["role:start", pages, prefix] => start_and_wait(pages == "huge", prefix, &[]),
         ["role:start-with-files", prefix] => start_and_wait(true, prefix, &["--file-prefix", prefix]),
         _ => scenarios(),
@@ -47,10 +50,19 @@ fn scenarios() {
     let no_files = (!hugepages || mount().is_none()).then_some("needs free hugepages and a hugetlbfs mount");
     let driver_as_it_is =
         cfg!(feature = "shared").then_some("the shared driver unmaps what lcores are using (docs/DPDK.md)");
-    run("memif between two processes without hugepages", || memif_pair(false), None);
-    run("memif between two processes with hugepages", || memif_pair(true), no_pages);
+    let no_pages_or_fault = no_pages.or(driver_as_it_is);
+    run("memif between two processes without hugepages", || memif_pair(false, "client", "server"), None);
+    run("memif between two processes with hugepages", || memif_pair(true, "client", "server"), no_pages);
+    run("into lent mbufs without hugepages", || memif_pair(false, "server", LENDS), driver_as_it_is);
+    run("into lent mbufs with hugepages", || memif_pair(true, "server", LENDS), no_pages_or_fault);
+    run("out of lent mbufs", || memif_pair(false, LENDS, "server"), driver_as_it_is);
     run("a memif server outlives killed clients", || killed_peers("server", "client"), driver_as_it_is);
     run("a memif client outlives killed servers", || killed_peers("client", "server"), driver_as_it_is);
+    run(
+        "a client that lends mbufs outlives killed servers",
+        || killed_peers(LENDS, "server"),
+        driver_as_it_is,
+    );
     run("without privileges and hugepages", unprivileged_start, no_root);
     run("an unprivileged start with hugepages says what to do", unprivileged_huge, no_root);
     run("files of a killed process are removed", killed, no_files);
@@ -102,34 +114,31 @@ fn config(huge: bool, prefix: &str) -> EalConfig {
     }
 }
 
-fn memif_eal(huge: bool, role: &str, socket: &str) -> Eal {
-    memif_eal_with(huge, role, socket, vec![])
+fn memif_eal(huge: bool, side: &str, socket: &str) -> Eal {
+    memif_eal_with(huge, side, socket, vec![])
 }
 
-fn memif_eal_with(huge: bool, role: &str, socket: &str, lcores: Vec<usize>) -> Eal {
-    let vdev = format!("net_memif0,role={role},socket={socket},socket-abstract=no");
-    let config = EalConfig {
-        lcores,
-        vdevs: vec![vdev],
-        ..config(huge, &format!("memif-{role}-{}", std::process::id()))
-    };
-    Eal::start(&config).unwrap_or_else(|error| panic!("{role}: {error}"))
+fn memif_eal_with(huge: bool, side: &str, socket: &str, lcores: Vec<usize>) -> Eal {
+    let vdev = format!("net_memif0,role={side},socket={socket},socket-abstract=no");
+    let config =
+        EalConfig { lcores, vdevs: vec![vdev], ..config(huge, &format!("memif-{}", std::process::id())) };
+    Eal::start(&config).unwrap_or_else(|error| panic!("{side}: {error}"))
 }
 
 fn memif_pool(eal: &Eal) -> Pool {
     Pool::new(eal, "memif", PoolConfig { mbufs: 2047, ..PoolConfig::default() }).expect("a pool fits")
 }
 
-fn memif_pair(huge: bool) {
+fn memif_pair(huge: bool, sender: &str, receiver: &str) {
     let folder = tempfile::tempdir().expect("temporary folder");
     let socket = folder.path().join("memif.sock");
     let socket = socket.to_str().expect("text");
     let pages = if huge { "huge" } else { "ordinary" };
-    let mut server = myself(&["role:memif-server", pages, socket]).spawn().expect("starts");
-    let client = myself(&["role:memif-client", pages, socket]).spawn().expect("starts");
-    assert_eq!(said(&mut server), "all received");
-    ended_well(client);
-    ended_well(server);
+    let mut receiver = myself(&["role:memif-receiver", pages, receiver, socket]).spawn().expect("starts");
+    let sender = myself(&["role:memif-sender", pages, sender, socket]).spawn().expect("starts");
+    assert_eq!(said(&mut receiver), "all received");
+    ended_well(sender);
+    ended_well(receiver);
 }
 
 /// What packet `index` holds: its index, then bytes that follow from it, in different lengths.
@@ -142,8 +151,8 @@ fn length(index: usize) -> usize {
     8 + index % 1400
 }
 
-fn memif_server(huge: bool, socket: &str) {
-    let eal = memif_eal(huge, "server", socket);
+fn memif_receiver(huge: bool, side: &str, socket: &str) {
+    let eal = memif_eal(huge, side, socket);
     let pool = memif_pool(&eal);
     let (port, mut rx, tx) = memif(&eal, &pool);
     let (mut burst, mut index, mut expected) = (Burst::new(), 0, [0; 1408]);
@@ -167,8 +176,8 @@ fn memif_server(huge: bool, socket: &str) {
     std::io::stdin().read_to_end(&mut Vec::new()).expect("readable");
 }
 
-fn memif_client(huge: bool, socket: &str) {
-    let eal = memif_eal(huge, "client", socket);
+fn memif_sender(huge: bool, side: &str, socket: &str) {
+    let eal = memif_eal(huge, side, socket);
     let pool = memif_pool(&eal);
     let (port, rx, mut tx) = memif(&eal, &pool);
     let mut burst = Burst::new();
@@ -187,10 +196,10 @@ fn memif_client(huge: bool, socket: &str) {
             }
         }
     }
-    assert_eq!(pool.in_use(), 0);
     // What is in the shared ring is lost when a side leaves.
     std::io::stdin().read_to_end(&mut Vec::new()).expect("readable");
     drop((port, rx, tx));
+    assert_eq!(pool.in_use(), 0);
 }
 
 /// Starts an EAL, says how it went, and keeps it until standard input closes.
@@ -290,8 +299,8 @@ fn killed_peers(surviving: &str, killed: &str) {
 }
 
 /// Sends and receives until standard input closes, and tells when the link changes.
-fn memif_busy(role: &str, socket: &str) {
-    let eal = memif_eal_with(false, role, socket, vec![cpus()[0], cpus()[cpus().len() - 1]]);
+fn memif_busy(side: &str, socket: &str) {
+    let eal = memif_eal_with(false, side, socket, vec![cpus()[0], cpus()[cpus().len() - 1]]);
     let pool = memif_pool(&eal);
     let (port, mut rx, mut tx) =
         Port::open(&eal, "net_memif0", &PortConfig::default(), std::slice::from_ref(&pool)).expect("opens");
