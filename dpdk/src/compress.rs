@@ -246,7 +246,7 @@ impl DevInner {
         let mbufs = ops.saturating_mul(u32::try_from(pieces).unwrap_or(u32::MAX));
         // Their own room is not used: they are attached to memory of the ops.
         let data_room_bytes = crate::HEADROOM_BYTES + 64;
-        let pool = PoolConfig { mbufs, cache: 0, data_room_bytes, numa_node: None };
+        let pool = PoolConfig { mbufs, cache: 0, data_room_bytes, ..PoolConfig::default() };
         self.mbufs = Some(Pool::new(eal, &format!("comp_mbufs{}", self.id), pool)?);
         Ok(())
     }

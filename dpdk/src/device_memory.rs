@@ -157,7 +157,7 @@ impl DevicePool {
         room_bytes: u16,
     ) -> Result<Self, PoolError> {
         let cache = (mbufs / 2).min(256);
-        let config = PoolConfig { mbufs, cache, data_room_bytes: room_bytes, numa_node: None };
+        let config = PoolConfig { mbufs, cache, data_room_bytes: room_bytes, ..PoolConfig::default() };
         crate::pool::check(name, &config)?;
         let (start, bytes) = memory.range();
         let pool_bytes = usize::try_from(mbufs).unwrap_or(usize::MAX).saturating_mul(room_bytes.into());

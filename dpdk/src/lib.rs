@@ -55,7 +55,7 @@ pub use external::{Attacher, ExternalError, ExternalMemory};
 pub use lcore::{LaunchError, WorkerPanicked};
 pub use mbuf::{Checksum, HEADROOM_BYTES, Mbuf, Segments};
 pub use memif::lent_mbufs;
-pub use pool::{Pool, PoolConfig, PoolError};
+pub use pool::{Pool, PoolConfig, PoolError, PoolOrder};
 pub use port::{OpenPort, Port, PortStats};
 pub use port_config::{Capabilities, PortConfig};
 pub use port_error::PortError;

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fmt;
 use std::mem::ManuallyDrop;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use crate::burst::Burst;
@@ -22,11 +22,29 @@ pub struct PoolConfig {
     pub data_room_bytes: u16,
     /// NUMA node of the memory; `None` for any.
     pub numa_node: Option<u32>,
+    /// Which of the mbufs in the pool is handed out next.
+    pub order: PoolOrder,
+}
+
+/// Which of the mbufs in a pool is handed out next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PoolOrder {
+    /// The one that has been in it for longest, DPDK's default: all of the pool passes through the caches again and again.
+    #[default]
+    OldestFirst,
+    /// The one that came back last, which is likely to be in a cache still.
+    NewestFirst,
 }
 
 impl Default for PoolConfig {
     fn default() -> Self {
-        Self { mbufs: 8191, cache: 256, data_room_bytes: 2048 + crate::HEADROOM_BYTES, numa_node: None }
+        Self {
+            mbufs: 8191,
+            cache: 256,
+            data_room_bytes: 2048 + crate::HEADROOM_BYTES,
+            numa_node: None,
+            order: PoolOrder::default(),
+        }
     }
 }
 
@@ -113,7 +131,7 @@ impl Pool {
     /// A pool of mbufs that have no buffers, but room for the reference count of an external one.
     pub(crate) fn without_buffers(eal: &Eal, name: &str, mbufs: u32) -> Result<Self, PoolError> {
         let cache = (mbufs / 2).min(256);
-        let config = PoolConfig { mbufs, cache, data_room_bytes: 0, numa_node: None };
+        let config = PoolConfig { mbufs, cache, data_room_bytes: 0, ..PoolConfig::default() };
         check(name, &PoolConfig { data_room_bytes: u16::MAX, ..config })?;
         Self::create(eal, name, config, EXTERNAL_COUNT_BYTES)
     }
@@ -122,15 +140,20 @@ impl Pool {
         let c_name = CString::new(name).map_err(|_| PoolError::BadName(name.to_owned()))?;
         let node =
             config.numa_node.map_or(dpdk_sys::SOCKET_ID_ANY, |node| i32::try_from(node).unwrap_or(i32::MAX));
-        // SAFETY: the environment is up; the name is a C string that is copied.
+        let ops = match config.order {
+            PoolOrder::OldestFirst => ptr::null(),
+            PoolOrder::NewestFirst => c"stack".as_ptr(),
+        };
+        // SAFETY: the environment is up; the names are C strings that are copied, or null for the default.
         let raw = unsafe {
-            dpdk_sys::rte_pktmbuf_pool_create(
+            dpdk_sys::rte_pktmbuf_pool_create_by_ops(
                 c_name.as_ptr(),
                 config.mbufs,
                 config.cache,
                 private_bytes,
                 config.data_room_bytes,
                 node,
+                ops,
             )
         };
         Self::adopt(eal, name, config, raw, None)

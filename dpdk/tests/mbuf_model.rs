@@ -15,8 +15,12 @@ fn setup() -> &'static (Eal, Pool) {
     SETUP.get_or_init(|| {
         let eal = support::eal(vec![], &[]);
         let room = u16::try_from(ROOM).expect("small");
-        let config =
-            PoolConfig { mbufs: 127, cache: 0, data_room_bytes: HEADROOM_BYTES + room, numa_node: None };
+        let config = PoolConfig {
+            mbufs: 127,
+            cache: 0,
+            data_room_bytes: HEADROOM_BYTES + room,
+            ..PoolConfig::default()
+        };
         let pool = Pool::new(&eal, "model", config).expect("a pool fits");
         (eal, pool)
     })

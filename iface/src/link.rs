@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use dpdk::{
-    BURST, Burst, Checksum, Eal, Mbuf, OpenPort, Pool, PoolConfig, PoolError, Port, PortConfig, PortError,
-    RxQueue, SplitRxQueue, TxQueue,
+    BURST, Burst, Checksum, Eal, Mbuf, OpenPort, Pool, PoolConfig, PoolError, PoolOrder, Port, PortConfig,
+    PortError, RxQueue, SplitRxQueue, TxQueue,
 };
 use protocol::frame::{self, HardwareChecks, Incoming, Local, Peer, TxChecksum};
 use protocol::neighbour::{self, NeighbourConfig, NeighbourError, Neighbours};
@@ -278,7 +278,13 @@ pub fn open_direct(
     direct: Option<&Direct>,
 ) -> Result<Opened, OpenError> {
     let data_room_bytes = (config.mtu + MBUF_OVERHEAD_BYTES).max(MIN_DATA_ROOM_BYTES);
-    let pool_config = PoolConfig { mbufs: config.mbufs, cache: 256, data_room_bytes, numa_node: None };
+    // Out of a stack, nothing arrives over AF_XDP.
+    let order = match config.device.starts_with("net_af_xdp") {
+        true => PoolOrder::OldestFirst,
+        false => PoolOrder::NewestFirst,
+    };
+    let pool_config =
+        PoolConfig { mbufs: config.mbufs, cache: 256, data_room_bytes, order, ..PoolConfig::default() };
     let pool_name = || format!("mbufs{}", NEXT_POOL.fetch_add(1, Relaxed));
     let pools = (0..config.queues)
         .map(|_| Pool::new(eal, &pool_name(), pool_config))
