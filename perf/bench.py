@@ -21,6 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "perf/samples/smollm2-135m-kv-640.safetensors"
 # By MTU: Ethernet, IPv4, UDP and DATA headers around the largest segment, and the memif buffers that hold such a frame.
 FRAMES = {1500: {"frame_bytes": 14 + 20 + 8 + 32 + 1440, "bsize": 2048}, 9000: {"frame_bytes": 14 + 20 + 8 + 32 + 8928, "bsize": 9216}}
+# The side of a memif whose own mbufs are the shared memory, so that nothing is copied there.
+LENDS = "client,zero-copy=yes"
 CODECS = ("raw", "lossless", "int8", "int4")
 
 
@@ -77,19 +79,21 @@ class Pair:
         self.huge = os.geteuid() == 0 and free_hugepages_mib() >= 512
 
     def memif(self, folder, role, mtu, number=0, socket="memif"):
+        """Arguments of one side; LENDS is a role too."""
         bsize = FRAMES[mtu]["bsize"]
         return f"net_memif{number},id=0,role={role},socket={folder}/{socket}.sock,socket-abstract=no,bsize={bsize},rsize=11"
 
-    def eal_memory(self):
-        return ["--in-memory"] if self.huge else ["--no-huge", "--no-shconf", "-m", "256"]
+    def eal_memory(self, role):
+        memory = ["--in-memory"] if self.huge else ["--no-huge", "--no-shconf", "-m", "256"]
+        return memory + (["--single-file-segments"] if role == LENDS else [])
 
     def our_memory(self):
         return [] if self.huge else ["--no-huge"]
 
     def testpmd(self, folder, role, mode, cpu, other_cpu, mtu):
         """As many mbufs, of the same size, as ours; its bursts are of 32 too."""
-        command = [self.arguments.testpmd, f"--lcores=0@{other_cpu},1@{cpu}", *self.eal_memory(), "--no-pci", "--no-telemetry",
-                   f"--file-prefix=testpmd-{role}-{os.getpid()}", f"--vdev={self.memif(folder, role, mtu)}", "--",
+        command = [self.arguments.testpmd, f"--lcores=0@{other_cpu},1@{cpu}", *self.eal_memory(role), "--no-pci", "--no-telemetry",
+                   f"--file-prefix=testpmd-{mode}-{os.getpid()}", f"--vdev={self.memif(folder, role, mtu)}", "--",
                    f"--forward-mode={mode}", "--auto-start", "--stats-period=1", "--total-num-mbufs=16384",
                    f"--mbuf-size={FRAMES[mtu]['bsize'] + 128}"]
         if mode == "txonly":
@@ -97,14 +101,20 @@ class Pair:
         output = open(f"{folder}/{mode}.log", "w")
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 
-    def testpmd_rate(self, mtu):
-        """Packets per second that testpmd receives in rxonly from testpmd in txonly."""
+    def testpmd_rate(self, mtu, zero_copy):
+        """Packets per second that testpmd receives in rxonly from testpmd in txonly; `zero_copy`: into the receiver's own mbufs."""
         with tempfile.TemporaryDirectory() as folder:
-            receiver = self.testpmd(folder, "server", "rxonly", self.receiver_cpu, self.sender_cpu, mtu)
+            start = {
+                "rxonly": lambda: self.testpmd(folder, LENDS if zero_copy else "server", "rxonly", self.receiver_cpu, self.sender_cpu, mtu),
+                "txonly": lambda: self.testpmd(folder, "server" if zero_copy else "client", "txonly", self.sender_cpu, self.receiver_cpu, mtu),
+            }
+            # Its client connects once: the server must be there.
+            server, client = ("txonly", "rxonly") if zero_copy else ("rxonly", "txonly")
+            processes = {server: start[server]()}
             time.sleep(1)
-            sender = self.testpmd(folder, "client", "txonly", self.sender_cpu, self.receiver_cpu, mtu)
+            processes[client] = start[client]()
             time.sleep(self.arguments.seconds + 4)
-            for process in (sender, receiver):
+            for process in (processes["txonly"], processes["rxonly"]):
                 process.send_signal(signal.SIGINT)
                 process.wait(timeout=20)
             text = pathlib.Path(f"{folder}/rxonly.log").read_text()
@@ -114,9 +124,9 @@ class Pair:
             # The first second is part of the start, the last of the end.
             return statistics.median(rates[1:-1] or rates)
 
-    def our_rate(self, mtu, loss=None):
-        """What the data plane's receive path counts, fed by a store; `loss` puts a proxy between the two that loses that share of the packets
-        each way."""
+    def our_rate(self, mtu, zero_copy=True, loss=None):
+        """What the data plane's receive path counts, fed by a store; `zero_copy`: into its own mbufs; `loss` puts a proxy between the two that
+        loses that share of the packets each way."""
         with tempfile.TemporaryDirectory() as folder:
             helpers = []
 
@@ -124,12 +134,14 @@ class Pair:
                 log = open(f"{folder}/{name}.log", "w")
                 helpers.append(subprocess.Popen([self.arguments.program, *command], stdout=subprocess.DEVNULL, stderr=log))
 
+            store_role = "server" if zero_copy and loss is None else "client"
             if loss is not None:
                 start("proxy", "fault-proxy", *self.our_memory(), "--lcore", self.proxy_cpu, "--loss", str(loss),
                       "--port", self.memif(folder, "server", mtu), "--port", self.memif(folder, "server", mtu, 1, "other"))
             start("store", "store", *self.our_memory(), "--codec", "raw", "--load", SAMPLE, "--lcores", self.sender_cpu,
-                  "--mtu", str(mtu), "--ip", "10.99.0.1/24", "--port", self.memif(folder, "client", mtu))
-            ours = self.memif(folder, "server", mtu) if loss is None else self.memif(folder, "client", mtu, 0, "other")
+                  "--mtu", str(mtu), "--ip", "10.99.0.1/24", "--port", self.memif(folder, store_role, mtu))
+            role = LENDS if zero_copy else "server" if loss is None else "client"
+            ours = self.memif(folder, role, mtu, 0, "memif" if loss is None else "other")
             receiver = subprocess.run(
                 [self.arguments.program, "bench", "rx", *self.our_memory(), "--tokens-from", SAMPLE, "--lcore", self.receiver_cpu,
                  "--mtu", str(mtu), "--seconds", str(self.arguments.seconds), "--ip", "10.99.0.2/24", "--store", "10.99.0.1:4791",
@@ -157,26 +169,31 @@ def free_hugepages_mib():
 
 
 def receive(pair, rounds, mtu):
-    """Our receive path beside testpmd's, same memif, same frames, same two CPUs."""
-    testpmd, ours = [], []
+    """Our receive path beside testpmd's, same memif, same frames, same two CPUs: copied out of shared memory, and received into mbufs that
+    are the shared memory."""
+    testpmd, ours = {False: [], True: []}, {False: [], True: []}
     for number in range(rounds):
         progress(f"receiving, MTU {mtu}: round {number + 1} of {rounds}")
-        testpmd.append(pair.testpmd_rate(mtu))
-        ours.append(pair.our_rate(mtu))
+        for zero_copy in (False, True):
+            testpmd[zero_copy].append(pair.testpmd_rate(mtu, zero_copy))
+            ours[zero_copy].append(pair.our_rate(mtu, zero_copy))
     frame_bytes = FRAMES[mtu]["frame_bytes"]
-    testpmd_gbps = statistics.median(testpmd) * frame_bytes * 8 / 1e9
-    goodput = spread([figures["goodput_gbps"] for figures in ours])
-    pps = spread([figures["pps"] for figures in ours])
-    return {
-        "frame_bytes": frame_bytes,
-        "testpmd_rxonly_pps": spread(testpmd),
-        "testpmd_rxonly_gbps": testpmd_gbps,
-        "receive_path_pps": pps,
-        "receive_path_goodput_gbps": goodput,
-        "receive_path_busy_share": spread([figures["busy"] for figures in ours]),
-        "ratio": pps["median"] / statistics.median(testpmd),
-        "goodput_to_testpmd": goodput["median"] / testpmd_gbps,
-    }
+    result = {"frame_bytes": frame_bytes}
+    for zero_copy, name in ((False, "copied"), (True, "zero_copy")):
+        result[name] = {
+            "testpmd_rxonly_pps": spread(testpmd[zero_copy]),
+            "receive_path_pps": spread([figures["pps"] for figures in ours[zero_copy]]),
+            "receive_path_goodput_gbps": spread([figures["goodput_gbps"] for figures in ours[zero_copy]]),
+            "receive_path_busy_share": spread([figures["busy"] for figures in ours[zero_copy]]),
+        }
+    for name, to in (("copied", "copied"), ("zero_copy", "copied"), ("zero_copy", "zero_copy")):
+        testpmd_pps = result[to]["testpmd_rxonly_pps"]["median"]
+        goodput = result[name]["receive_path_goodput_gbps"]["median"]
+        result[f"{name}_to_testpmd_{to}"] = {
+            "packets": result[name]["receive_path_pps"]["median"] / testpmd_pps,
+            "goodput": goodput * 1e9 / (testpmd_pps * frame_bytes * 8),
+        }
+    return result
 
 
 def loss(pair, rounds, share=0.01):
@@ -186,8 +203,8 @@ def loss(pair, rounds, share=0.01):
     without, lossy = [], []
     for number in range(rounds):
         progress(f"loss: round {number + 1} of {rounds}")
-        without.append(pair.our_rate(1500, 0.0)["goodput_gbps"])
-        lossy.append(pair.our_rate(1500, share)["goodput_gbps"])
+        without.append(pair.our_rate(1500, loss=0.0)["goodput_gbps"])
+        lossy.append(pair.our_rate(1500, loss=share)["goodput_gbps"])
     return {
         "loss": share,
         "goodput_gbps_without": spread(without),
@@ -248,11 +265,16 @@ def print_table(result):
     print("machine:", ", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     for rx in result.get("receive", {}).values():
         print(f"\nreceiving frames of {rx['frame_bytes']} bytes over memif, Mpps: median (min to max)")
-        for name in ("testpmd_rxonly_pps", "receive_path_pps"):
-            figure = rx[name]
-            print(f"  {name[:-4]:34} {figure['median'] / 1e6:6.2f}  ({figure['min'] / 1e6:.2f} to {figure['max'] / 1e6:.2f})")
-        print(f"  ratio to testpmd {rx['ratio']:.2f}; encoded goodput {rx['receive_path_goodput_gbps']['median']:.1f} Gbps, "
-              f"{rx['goodput_to_testpmd']:.2f} of testpmd's {rx['testpmd_rxonly_gbps']:.1f} Gbps of frames")
+        for name, what in (("copied", "copied out of shared memory"), ("zero_copy", "into mbufs that are shared memory")):
+            print(f"  {what}")
+            for measured in ("testpmd_rxonly_pps", "receive_path_pps"):
+                figure = rx[name][measured]
+                print(f"    {measured[:-4]:18} {figure['median'] / 1e6:6.2f}  ({figure['min'] / 1e6:.2f} to {figure['max'] / 1e6:.2f})")
+            print(f"    encoded goodput    {rx[name]['receive_path_goodput_gbps']['median']:6.1f} Gbps")
+        for name, to, what in (("copied", "copied", "copied, of testpmd"), ("zero_copy", "copied", "zero copy, of testpmd that copies"),
+                               ("zero_copy", "zero_copy", "zero copy, of testpmd with zero copy")):
+            ratio = rx[f"{name}_to_testpmd_{to}"]
+            print(f"  {what:38} {ratio['packets']:.2f} of the packets, {ratio['goodput']:.2f} of the bits as encoded goodput")
     if "ratio" in result.get("loss", {}):
         figure = result["loss"]
         print(f"\nthrough the fault proxy, encoded Gbps: {figure['goodput_gbps_without']['median']:.1f} without loss, "

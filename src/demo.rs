@@ -262,18 +262,18 @@ impl TwoProcesses {
                 stage.folder.display()
             )
         };
-        // As many queues at both ends: memif joins queue to queue.
+        // The store writes into the data plane's own packet buffers. As many queues at both ends: memif joins queue to queue.
         let queues = stage.placement.count(StageKind::Rx);
         let store_cpu = vec![stage.store_cpu.to_string(); queues].join("+");
         let placement = stage.placement.to_string();
-        let (input, port) = (stage.input.to_string_lossy(), memif("client"));
+        let (input, port) = (stage.input.to_string_lossy(), memif("server"));
         let mut arguments = vec!["--load", &input, "--model", "demo", "--lcores", &store_cpu];
         arguments.extend(["--ip", STORE_IP, "--port", &port]);
         arguments.extend(stage.codec_arguments.iter().map(String::as_str));
         let store = Process::start("store", stage, &arguments)?;
         let store_address = format!("10.99.0.1:{STORE_UDP_PORT}");
         let socket = stage.socket.to_string_lossy();
-        let port = memif("server");
+        let port = memif("client,zero-copy=yes");
         let mut arguments = vec!["--lcores", &placement, "--ip", DATA_PLANE_IP, "--port", &port];
         arguments.extend(["--store", &store_address, "--socket", &socket]);
         arguments.extend(stage.compress_dev.iter().flat_map(|device| ["--compress-dev", device.as_str()]));

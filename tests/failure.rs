@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use client::{FetchError, FetchRequest, Lost, MissingReason, Outcome};
 use compress::Codec;
 
-use cluster::{Cluster, PATIENCE, PROGRAM, sample, sample_tokens, stats, wait_until, write_kv};
+use cluster::{
+    Cluster, MBUFS_AT_REST, PATIENCE, PROGRAM, sample, sample_tokens, stats, wait_until, write_kv,
+};
 
 /// A KV cache that takes long enough to fetch for something to die meanwhile.
 const LONG_TOKENS: usize = 8192;
@@ -104,7 +106,7 @@ fn a_killed_client_leaves_nothing_behind() {
         let memory = &stats["memory"];
         stats["clients"] == 1
             && memory["slots_free"] == memory["slots"]
-            && memory["mbufs_in_use"].as_u64() <= Some(1)
+            && memory["mbufs_in_use"].as_u64() <= Some(MBUFS_AT_REST)
     });
     wait_until("their regions are unmapped", || {
         let maps = cluster.dataplane.as_ref().unwrap().maps();

@@ -9,7 +9,7 @@ use compress::Codec;
 use serde_json::Value;
 use store::kv_file::KvFile;
 
-use cluster::{Cluster, PATIENCE, sample, sample_tokens, stats, wait_until, write_kv};
+use cluster::{Cluster, MBUFS_AT_REST, PATIENCE, sample, sample_tokens, stats, wait_until, write_kv};
 
 #[test]
 fn every_codec_arrives_as_it_must() {
@@ -199,8 +199,7 @@ fn nothing_leaks() {
     assert_eq!(before, after, "open descriptors of data plane and store");
     wait_until("every buffer is back", || {
         let memory = &stats(&client)["memory"];
-        // One mbuf is the transmit side's spare.
-        memory["mbufs_in_use"].as_u64() <= Some(1) && memory["slots_free"] == memory["slots"]
+        memory["mbufs_in_use"].as_u64() <= Some(MBUFS_AT_REST) && memory["slots_free"] == memory["slots"]
     });
     let counters = &stats(&client)["counters"];
     assert_eq!(counters["planes_arrived"], counters["planes_delivered"]);

@@ -11,7 +11,9 @@ use compress::{Codec, Side};
 use serde_json::Value;
 use store::kv_file::KvFile;
 
-use cluster::{Cluster, PATIENCE, PROGRAM, sample, sample_tokens, stats, wait_until, write_kv};
+use cluster::{
+    Cluster, MBUFS_AT_REST, PATIENCE, PROGRAM, sample, sample_tokens, stats, wait_until, write_kv,
+};
 
 fn json(output: &Output) -> Value {
     let text = String::from_utf8_lossy(&output.stdout);
@@ -308,8 +310,7 @@ fn thousands_of_saves_leak_nothing_and_the_counts_add_up() {
     assert_eq!((&offers["begun"], &offers["failed"]), (&2000.into(), &0.into()), "{told}");
     assert_eq!(offers["stored"].as_u64().unwrap() + offers["already_stored"].as_u64().unwrap(), 2000);
     wait_until("every packet buffer is back", || {
-        // One is the transmit side's spare.
-        stats(&client)["memory"]["mbufs_in_use"].as_u64() <= Some(1)
+        stats(&client)["memory"]["mbufs_in_use"].as_u64() <= Some(MBUFS_AT_REST)
     });
     let counters = &stats(&client)["counters"];
     let dropped: u64 = counters["dropped"].as_object().unwrap().values().filter_map(Value::as_u64).sum();

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use dpdk::{Burst, Eal, EalConfig, Pool, PoolConfig, Port, PortConfig, RxQueue, TxQueue};
@@ -287,6 +287,7 @@ fn killed_peers(surviving: &str, killed: &str) {
     for _ in 0..5 {
         let mut peer = myself(&["role:memif-busy", killed, socket]).spawn().expect("starts");
         assert_eq!(lines.next().as_deref(), Some("up"));
+        assert_eq!(lines.next().as_deref(), Some("receives"));
         std::thread::sleep(Duration::from_millis(100));
         peer.kill().expect("killed");
         peer.wait().expect("ended");
@@ -298,18 +299,19 @@ fn killed_peers(surviving: &str, killed: &str) {
     assert!(status.success(), "{status}");
 }
 
-/// Sends and receives until standard input closes, and tells when the link changes.
+/// Sends and receives until standard input closes, and tells when the link changes and when the first packets have come over it.
 fn memif_busy(side: &str, socket: &str) {
     let eal = memif_eal_with(false, side, socket, vec![cpus()[0], cpus()[cpus().len() - 1]]);
     let pool = memif_pool(&eal);
     let (port, mut rx, mut tx) =
         Port::open(&eal, "net_memif0", &PortConfig::default(), std::slice::from_ref(&pool)).expect("opens");
     static STOP: AtomicBool = AtomicBool::new(false);
+    static RECEIVED: AtomicUsize = AtomicUsize::new(0);
     let (mut rx, mut tx, mbufs) = (rx.remove(0), tx.remove(0), pool.clone());
     let receive = move || {
         let mut burst = Burst::new();
         while !STOP.load(Ordering::Relaxed) {
-            rx.receive(&mut burst);
+            RECEIVED.fetch_add(rx.receive(&mut burst), Ordering::Relaxed);
             burst.clear();
         }
     };
@@ -325,11 +327,17 @@ fn memif_busy(side: &str, socket: &str) {
     eal.launch(0, receive).expect("idle");
     eal.launch(1, send).expect("idle");
     let ended = std::thread::spawn(|| std::io::stdin().read_to_end(&mut Vec::new()));
-    let mut up = false;
+    let (mut up, mut told) = (false, false);
     while !ended.is_finished() {
         if port.link_up() != up {
             up = !up;
             println!("{}", if up { "up" } else { "down" });
+            RECEIVED.store(0, Ordering::Relaxed);
+            told = false;
+        }
+        if up && !told && RECEIVED.load(Ordering::Relaxed) > 0 {
+            println!("receives");
+            told = true;
         }
         std::thread::sleep(Duration::from_millis(1));
     }

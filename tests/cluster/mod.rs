@@ -17,6 +17,13 @@ pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_shadowserve");
 /// How long anything may take on a busy machine before the test gives up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The data plane's side of its wire: its own packet buffers are the shared memory.
+const LENDS: &str = "client,zero-copy=yes";
+
+/// Packet buffers of a data plane that are out while nothing goes on: those that lie in the receive ring for the store to write into, a burst that was
+/// sent last, and the transmit side's spare.
+pub(crate) const MBUFS_AT_REST: u64 = 1024 + 32 + 1;
+
 /// A folder with sockets and files, and what runs in it.
 pub(crate) struct Cluster {
     pub(crate) store: Option<Process>,
@@ -102,7 +109,7 @@ impl Cluster {
 
     /// Puts a proxy with these flags between data plane and store.
     pub(crate) fn start_proxy(&mut self, flags: &[&str]) {
-        let ports = [self.port(0, "client", "memif.sock"), self.port(1, "server", self.net.store_socket)];
+        let ports = [self.port(0, "server", "memif.sock"), self.port(1, "server", self.net.store_socket)];
         let mut arguments = vec!["fault-proxy", "--no-huge", "--idle-sleep-us", "10"];
         arguments.extend(["--port", &ports[0], "--port", &ports[1]]);
         arguments.extend(flags);
@@ -113,7 +120,7 @@ impl Cluster {
     pub(crate) fn start_switch(&mut self, stores: u32) {
         let to_store = |number: u32| self.port(number, "server", &format!("store{number}.sock"));
         let ports: Vec<String> =
-            std::iter::once(self.port(0, "client", "memif.sock")).chain((1..=stores).map(to_store)).collect();
+            std::iter::once(self.port(0, "server", "memif.sock")).chain((1..=stores).map(to_store)).collect();
         let mut arguments = vec!["fault-proxy", "--no-huge", "--idle-sleep-us", "10"];
         arguments.extend(ports.iter().flat_map(|port| ["--port", port.as_str()]));
         self.proxy = Some(Process::start(&arguments, self.path("proxy.log")));
@@ -128,7 +135,7 @@ impl Cluster {
     }
 
     pub(crate) fn start_dataplane(&mut self, flags: &[&str]) {
-        let (port, socket) = (self.port(0, "server", "memif.sock"), self.socket());
+        let (port, socket) = (self.port(0, LENDS, "memif.sock"), self.socket());
         let (port, namespace) = self
             .net
             .kernel
@@ -168,9 +175,10 @@ impl Cluster {
 
     /// One that has loaded nothing, unless `flags` say so.
     pub(crate) fn start_any_store(&mut self, cpus: &str, flags: &[&str]) {
-        // Both ends of a wire have one number.
-        let number = u32::from(self.net.store_socket != Net::DEFAULT.store_socket);
-        let port = self.port(number, "client", self.net.store_socket);
+        // Both ends of a wire have one number. Without a proxy it is the data plane's.
+        let at_proxy = self.net.store_socket != Net::DEFAULT.store_socket;
+        let role = if at_proxy { "client" } else { "server" };
+        let port = self.port(u32::from(at_proxy), role, self.net.store_socket);
         let (port, namespace) = self
             .net
             .kernel
