@@ -2,7 +2,7 @@
 
 use crate::format::{self, FixedHeader, PlaneEntry, header_bytes};
 use crate::payload::{Codes, Layout, LayoutError, SECTION_LENGTH_BYTES};
-use crate::quantize::{self, Ranges};
+use crate::quantize;
 use crate::section::{Content, SectionWriter};
 use crate::{
     Codec, Compression, Isa, PlaneCodec, Quantizer, Shape, ShapeError, Side, cachegen, checksum, lossless,
@@ -63,9 +63,7 @@ pub struct Encoder {
 #[derive(Default)]
 struct Scratch {
     values: Vec<f32>,
-    ranges: Ranges,
-    reciprocals: Vec<f32>,
-    offsets: Vec<f32>,
+    groups: quantize::Scratch,
     codes: Vec<u8>,
     packed: [Vec<u8>; 2],
 }
@@ -108,6 +106,14 @@ impl Encoder {
             sections: SectionWriter::new(zstd_level),
             scratch: Scratch::default(),
         }
+    }
+
+    /// Chooses the instruction set instead of taking the best that the CPU has.
+    #[must_use]
+    pub fn with_isa(mut self, isa: Isa) -> Self {
+        self.isa = isa;
+        self.sections = self.sections.with_isa(isa);
+        self
     }
 
     /// Encodes planes so from now on, whatever the encoder was made for: for who is told plane by plane.
@@ -186,20 +192,24 @@ impl Encoder {
                 None
             }
             Some(codes) => {
-                if let Some(element) = quantize::first_not_finite(self.isa, plane, shape.dtype) {
-                    return Err(EncodeError::NotFinite { layer, side, element });
-                }
-                match quantizer {
-                    Quantizer::PerToken => self.quantize_tokens(shape, asked, codes, plane, out),
-                    _ => {
-                        let used = asked.largest_used(codes.largest);
-                        self.quantize_groups(shape, quantizer, codes, used, plane, out);
+                if quantizer == Quantizer::PerToken {
+                    if let Some(element) = quantize::first_not_finite(plane, shape.dtype) {
+                        return Err(EncodeError::NotFinite { layer, side, element });
                     }
+                    self.quantize_tokens(shape, asked, codes, plane, out);
+                    self.write_codes(compression, out)?;
+                } else {
+                    let job = quantize::Job {
+                        plane,
+                        shape,
+                        quantizer,
+                        packing: codes.packing,
+                        largest_used: asked.largest_used(codes.largest),
+                        largest_code: codes.largest,
+                    };
+                    self.write_quantized(&job, &layout, compression, out)?
+                        .map_err(|element| EncodeError::NotFinite { layer, side, element })?;
                 }
-                let section = &self.scratch.packed[0];
-                self.sections
-                    .write(compression, Content::Codes, section, out)
-                    .map_err(EncodeError::Compression)?;
                 // Offsets and magnitudes are elements, so in the elements' own type they are exact.
                 Some(shape.dtype)
             }
@@ -217,6 +227,37 @@ impl Encoder {
             compression,
             bins,
         })
+    }
+
+    /// Writes scales, offsets and codes, whose place in `out` is where they are made unless they are to be compressed. The inner error is the
+    /// index of the first element that is not finite.
+    fn write_quantized(
+        &mut self,
+        job: &quantize::Job<'_>,
+        layout: &Layout,
+        compression: Compression,
+        out: &mut Vec<u8>,
+    ) -> Result<Result<(), usize>, EncodeError> {
+        let Scratch { groups, packed: [codes, _], .. } = &mut self.scratch;
+        let (start, front_bytes) = (out.len(), layout.before_section());
+        if compression == Compression::None {
+            out.resize(start + front_bytes + layout.section_bytes, 0);
+            let (front, section) = out[start..].split_at_mut(front_bytes);
+            return Ok(quantize::quantize(self.isa, job, groups, front, section));
+        }
+        out.resize(start + front_bytes, 0);
+        codes.resize(layout.section_bytes, 0);
+        let quantized = quantize::quantize(self.isa, job, groups, &mut out[start..], codes);
+        if quantized.is_ok() {
+            self.write_codes(compression, out)?;
+        }
+        Ok(quantized)
+    }
+
+    /// Compresses the codes in `scratch.packed[0]`.
+    fn write_codes(&mut self, compression: Compression, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+        let codes = &self.scratch.packed[0];
+        self.sections.write(compression, Content::Codes, codes, out).map_err(EncodeError::Compression)
     }
 
     fn write_lossless(
@@ -241,42 +282,8 @@ impl Encoder {
         write(low, out)
     }
 
-    /// Writes scales, offsets and the plain part of the codes, and leaves what is to be compressed in
+    /// Writes the largest magnitude of each token and the plain part of the codes, and leaves what is to be compressed in
     /// `scratch.packed[0]`.
-    fn quantize_groups(
-        &mut self,
-        shape: &Shape,
-        quantizer: Quantizer,
-        Codes { packing, largest }: Codes,
-        used: u8,
-        plane: &[u8],
-        out: &mut Vec<u8>,
-    ) {
-        let Scratch { ranges, reciprocals, offsets, codes, packed: [section, _], .. } = &mut self.scratch;
-        let dtype = shape.dtype;
-        quantize::measure(self.isa, plane, shape, quantizer, ranges);
-        reciprocals.clear();
-        offsets.clear();
-        let start = out.len();
-        out.resize(start + 4 * ranges.smallest.len(), 0);
-        let (scale_bytes, offset_bytes) = out[start..].split_at_mut(2 * ranges.smallest.len());
-        let bytes = scale_bytes.chunks_exact_mut(2).zip(offset_bytes.chunks_exact_mut(2));
-        for ((&smallest, &greatest), (scale_bytes, offset_bytes)) in
-            ranges.smallest.iter().zip(&ranges.largest).zip(bytes)
-        {
-            let (scale, offset) = quantize::scale_and_offset(smallest, greatest, used, largest, dtype);
-            scale_bytes.copy_from_slice(&scale.to_le_bytes());
-            offset_bytes.copy_from_slice(&offset.to_le_bytes());
-            reciprocals.push(quantize::reciprocal(dtype.widen(scale)));
-            offsets.push(dtype.widen(offset));
-        }
-        let per_channel = quantizer == Quantizer::PerChannel;
-        let groups = quantize::Groups { reciprocals, offsets, per_channel, largest_code: used, packing };
-        section.clear();
-        quantize::quantize(self.isa, plane, shape, &groups, codes, out, section);
-    }
-
-    /// As [`Encoder::quantize_groups`], with the largest magnitude of each token.
     fn quantize_tokens(
         &mut self,
         shape: &Shape,

@@ -8,7 +8,7 @@ pub enum Isa {
     /// x86-64 with AVX2, F16C and BMI2.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// As [`Isa::Avx2`], and AVX-512 F, BW, VL, VBMI and BF16, and GFNI: Zen 4, Sapphire Rapids, and later.
+    /// As [`Isa::Avx2`], and AVX-512 F, BW, VL, VBMI, BF16 and VPOPCNTDQ, and GFNI: Zen 4, Sapphire Rapids, and later.
     #[cfg(target_arch = "x86_64")]
     Avx512,
     /// aarch64.
@@ -65,5 +65,6 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vbmi")
         && is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx512vpopcntdq")
         && is_x86_feature_detected!("gfni")
 }

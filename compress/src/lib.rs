@@ -43,18 +43,19 @@ mod zeros;
 pub mod kernels {
     pub use crate::dequantize::{Job, dequantize};
     pub use crate::packing::Packing;
+    pub use crate::quantize::{Job as QuantizeJob, Scratch as QuantizeScratch, quantize};
 
     /// The section that compression `sliced` makes of `bytes`: themselves, if it would not be shorter.
     #[must_use]
     pub fn sliced(bytes: &[u8]) -> Vec<u8> {
+        let isa = crate::Isa::detect();
+        let code = crate::sliced::Code::new(isa, bytes);
+        if code.section_bytes() >= bytes.len() {
+            return bytes.to_vec();
+        }
         let mut section = Vec::new();
-        crate::sliced::encode(
-            crate::Isa::detect(),
-            bytes,
-            &mut crate::sliced::Parts::default(),
-            &mut section,
-        );
-        if section.len() < bytes.len() { section } else { bytes.to_vec() }
+        crate::sliced::encode(isa, &code, bytes, &mut crate::sliced::Parts::default(), &mut section);
+        section
     }
 }
 

@@ -85,12 +85,12 @@ impl Packing {
 
     /// Takes what one head row fills from the front of both parts.
     #[inline(always)]
-    pub(crate) fn rows<'p>(
+    pub(crate) fn rows<'p, 's>(
         self,
         head_dim: usize,
         plain: &mut &'p mut [u8],
-        section: &mut &'p mut [u8],
-    ) -> (&'p mut [u8], &'p mut [u8]) {
+        section: &mut &'s mut [u8],
+    ) -> (&'p mut [u8], &'s mut [u8]) {
         let parts = (
             plain.split_off_mut(..self.plain_bytes(head_dim)),
             section.split_off_mut(..self.section_bytes(head_dim)),

@@ -136,6 +136,12 @@ impl SectionWriter {
         }
     }
 
+    /// Chooses the instruction set instead of taking the best that the CPU has.
+    pub(crate) fn with_isa(mut self, isa: Isa) -> Self {
+        self.isa = isa;
+        self
+    }
+
     /// Appends `bytes` to `out` as one section, compressed if that is shorter.
     ///
     /// # Errors
@@ -155,7 +161,15 @@ impl SectionWriter {
             }
             Compression::Zstd => self.write_frame(content, bytes)?,
             Compression::Deflate => self.write_deflate(bytes)?,
-            Compression::Sliced => sliced::encode(self.isa, bytes, &mut self.parts, &mut self.scratch),
+            Compression::Sliced => {
+                let code = sliced::Code::new(self.isa, bytes);
+                if code.section_bytes() < bytes.len() {
+                    sliced::encode(self.isa, &code, bytes, &mut self.parts, out);
+                } else {
+                    out.extend_from_slice(bytes);
+                }
+                return Ok(());
+            }
         }
         out.extend_from_slice(if self.scratch.len() < bytes.len() { &self.scratch } else { bytes });
         Ok(())

@@ -8,7 +8,7 @@ use std::arch::x86_64::{
     _pext_u64,
 };
 
-use super::encode::{Code, Parts, Planes, encode_with};
+use super::encode::{Code, Parts, Planes, cut_with};
 use super::{BLOCK_BASE_BYTES, BLOCK_BYTES, LEVELS, Sliced, next_bits};
 
 /// Decodes blocks; stops after one that takes a level beyond its end.
@@ -163,17 +163,17 @@ fn spread(bits: u64) -> [__m256i; 2] {
     [_mm256_cmpeq_epi8(low, each), _mm256_cmpeq_epi8(high, each)]
 }
 
-/// As [`super::encode`].
+/// As [`cut_with`].
 ///
 /// # Safety
 /// The CPU has these features.
 #[target_feature(enable = "avx2,bmi2,popcnt")]
-pub(super) unsafe fn encode(bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) {
+pub(super) unsafe fn cut(code: &Code, bytes: &[u8], parts: &mut Parts) {
     // SAFETY: as this function demands.
-    encode_with(
+    cut_with(
+        code,
         bytes,
         parts,
-        out,
         |code, nibbles| unsafe { planes(code, nibbles) },
         |bits, mask| _pext_u64(bits, mask),
     );

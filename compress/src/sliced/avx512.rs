@@ -1,14 +1,17 @@
 //! AVX-512 and BMI2: a block at a time, 64 nibbles in a register.
 
 use std::arch::x86_64::{
-    __m128i, __m512i, _mm_loadu_si128, _mm512_add_epi8, _mm512_and_si512, _mm512_broadcast_i32x4,
-    _mm512_cmpge_epu8_mask, _mm512_gf2p8affine_epi64_epi8, _mm512_inserti32x4, _mm512_loadu_si512,
-    _mm512_mask_add_epi8, _mm512_maskz_loadu_epi8, _mm512_or_si512, _mm512_permutexvar_epi8,
-    _mm512_set1_epi8, _mm512_set1_epi64, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16,
-    _mm512_srli_epi16, _mm512_storeu_si512, _mm512_subs_epu8, _mm512_test_epi8_mask, _pdep_u64, _pext_u64,
+    __m128i, __m512i, _mm_loadu_si128, _mm512_add_epi8, _mm512_add_epi64, _mm512_and_si512,
+    _mm512_broadcast_i32x4, _mm512_cmpge_epu8_mask, _mm512_gf2p8affine_epi64_epi8, _mm512_inserti32x4,
+    _mm512_loadu_si512, _mm512_mask_add_epi8, _mm512_maskz_loadu_epi8, _mm512_or_si512,
+    _mm512_permutexvar_epi8, _mm512_popcnt_epi64, _mm512_reduce_add_epi64, _mm512_set1_epi8,
+    _mm512_set1_epi64, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_slli_epi64,
+    _mm512_srli_epi16, _mm512_srli_epi64, _mm512_storeu_si512, _mm512_subs_epu8, _mm512_ternarylogic_epi64,
+    _mm512_test_epi8_mask, _pdep_u64, _pext_u64,
 };
 
-use super::encode::{Code, Parts, Planes, encode_with};
+use super::counts;
+use super::encode::{Code, Parts, Planes, cut_with};
 use super::{BLOCK_BASE_BYTES, BLOCK_BYTES, LEVELS, Sliced, next_bits};
 
 /// Blocks decoded together. What is done to one register takes long to come back from the mask registers, so others
@@ -191,17 +194,17 @@ fn table(bytes: &[u8; 16]) -> __m512i {
     _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(bytes.as_ptr().cast::<__m128i>()) })
 }
 
-/// As [`super::encode`].
+/// As [`cut_with`].
 ///
 /// # Safety
 /// The CPU has these features.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,gfni,bmi2,popcnt")]
-pub(super) unsafe fn encode(bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) {
+pub(super) unsafe fn cut(code: &Code, bytes: &[u8], parts: &mut Parts) {
     // SAFETY: as this function demands.
-    encode_with(
+    cut_with(
+        code,
         bytes,
         parts,
-        out,
         |code, nibbles| unsafe { planes(code, nibbles) },
         |bits, mask| _pext_u64(bits, mask),
     );
@@ -238,4 +241,49 @@ fn planes_of(code: &Code, nibbles: __m512i) -> Planes {
         plane(bits, 2),
         plane(bits, 3),
     ]
+}
+
+/// As [`counts::sums`].
+///
+/// # Safety
+/// The CPU has these features.
+#[target_feature(enable = "avx512f,avx512vpopcntdq")]
+pub(super) unsafe fn sums(bytes: &[u8]) -> [u64; 16] {
+    let mut counted = [_mm512_setzero_si512(); 16];
+    let (pieces, rest) = bytes.as_chunks::<256>();
+    for piece in pieces {
+        // SAFETY: four times 64 bytes.
+        let words = [0, 64, 128, 192].map(|at| unsafe { _mm512_loadu_si512(piece.as_ptr().add(at).cast()) });
+        let planes = by_place(words);
+        let mut having = [_mm512_setzero_si512(); 16];
+        for nibble in 1..16_usize {
+            let (others, plane) = (nibble & (nibble - 1), planes[nibble.trailing_zeros() as usize]);
+            having[nibble] = if others == 0 { plane } else { _mm512_and_si512(having[others], plane) };
+            counted[nibble] = _mm512_add_epi64(counted[nibble], _mm512_popcnt_epi64(having[nibble]));
+        }
+    }
+    let mut sums = counts::sums(rest);
+    for (sum, counted) in sums.iter_mut().zip(counted) {
+        *sum += _mm512_reduce_add_epi64(counted).cast_unsigned();
+    }
+    sums
+}
+
+/// As that of [`counts`].
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn by_place([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
+    let odd = _mm512_set1_epi8(0x55);
+    let pairs = _mm512_set1_epi8(0x33);
+    // The bits of the first under the mask's ones, of the second elsewhere.
+    let select = |mask, ones, zeros| _mm512_ternarylogic_epi64::<0xca>(mask, ones, zeros);
+    let ([a, b], [c, d]) = (
+        [select(odd, a, _mm512_slli_epi64::<1>(b)), select(odd, _mm512_srli_epi64::<1>(a), b)],
+        [select(odd, c, _mm512_slli_epi64::<1>(d)), select(odd, _mm512_srli_epi64::<1>(c), d)],
+    );
+    let ([a, c], [b, d]) = (
+        [select(pairs, a, _mm512_slli_epi64::<2>(c)), select(pairs, _mm512_srli_epi64::<2>(a), c)],
+        [select(pairs, b, _mm512_slli_epi64::<2>(d)), select(pairs, _mm512_srli_epi64::<2>(b), d)],
+    );
+    [a, b, c, d]
 }

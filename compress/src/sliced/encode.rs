@@ -1,5 +1,6 @@
-//! The encoder of `sliced`: ranks and thresholds from a histogram, then a block at a time.
+//! The encoder of `sliced`: ranks and thresholds from a [histogram](super::counts), then a block at a time.
 
+use super::counts::histogram;
 use super::{BASE_BITS, BLOCK_BASE_BYTES, BLOCK_BYTES, HEADER_BYTES, LEVELS};
 use crate::Isa;
 
@@ -12,23 +13,26 @@ pub(super) type Planes = [u64; PLANES];
 /// The parts of a section as they grow; kept, so that nothing is allocated for the next.
 #[derive(Debug, Default)]
 pub(crate) struct Parts {
-    levels: [Bits; LEVELS],
-    base: Vec<u8>,
+    levels: [Vec<[u8; 8]>; LEVELS],
+    base: Vec<[u8; 8]>,
 }
 
-/// The code of a section.
-pub(super) struct Code {
+/// The code of a section, and how long that will be.
+pub(crate) struct Code {
     order: [u8; 16],
     thresholds: [u8; LEVELS],
     /// By nibble: the base in the lowest bits, above it whether each level goes on.
     pub(super) shapes: [u8; 16],
     /// By nibble: the bit of each level.
     pub(super) bits: [u8; 16],
+    level_bytes: [usize; LEVELS],
+    base_bytes: usize,
 }
 
 impl Code {
-    /// The code that takes the fewest bits.
-    fn new(counts: &[u64; 16]) -> Self {
+    /// The code that takes the fewest bits for these bytes.
+    pub(crate) fn new(isa: Isa, bytes: &[u8]) -> Self {
+        let mut counts = histogram(isa, bytes);
         let mut order: [u8; 16] = std::array::from_fn(|nibble| nibble.to_le_bytes()[0]);
         order.sort_by_key(|&nibble| std::cmp::Reverse(counts[usize::from(nibble)]));
         let thresholds = best_thresholds(&order.map(|nibble| counts[usize::from(nibble)]));
@@ -36,17 +40,34 @@ impl Code {
         for (rank, &nibble) in (0..).zip(&order) {
             (shapes[usize::from(nibble)], bits[usize::from(nibble)]) = codeword(rank, thresholds);
         }
-        Self { order, thresholds, shapes, bits }
+        let blocks = bytes.len().div_ceil(BLOCK_BYTES);
+        // The last block is filled up.
+        counts[usize::from(order[0])] += 2 * (blocks * BLOCK_BYTES - bytes.len()) as u64;
+        let level_bytes = std::array::from_fn(|level| {
+            let goes_on = |shape: u8| u64::from(shape >> (BASE_BITS + level) & 1);
+            let bits: u64 = counts.iter().zip(shapes).map(|(count, shape)| count * goes_on(shape)).sum();
+            usize::try_from(bits.div_ceil(8)).expect("bits of a section in memory")
+        });
+        Self { order, thresholds, shapes, bits, level_bytes, base_bytes: blocks * BLOCK_BASE_BYTES }
     }
 
-    fn write_header(&self, lengths: [usize; LEVELS], out: &mut [u8]) {
-        for (byte, ranks) in out.iter_mut().zip(self.order.chunks_exact(2)) {
+    /// Bytes of the section.
+    pub(crate) fn section_bytes(&self) -> usize {
+        HEADER_BYTES + self.level_bytes.iter().sum::<usize>() + self.base_bytes
+    }
+
+    fn header(&self) -> [u8; HEADER_BYTES] {
+        let mut header = [0; HEADER_BYTES];
+        let (ranks, rest) = header.split_at_mut(8);
+        for (byte, ranks) in ranks.iter_mut().zip(self.order.chunks_exact(2)) {
             *byte = ranks[0] | ranks[1] << 4;
         }
-        out[8..8 + LEVELS].copy_from_slice(&self.thresholds);
-        for (place, length) in out[8 + LEVELS..].chunks_exact_mut(4).zip(lengths) {
+        let (thresholds, lengths) = rest.split_at_mut(LEVELS);
+        thresholds.copy_from_slice(&self.thresholds);
+        for (place, length) in lengths.chunks_exact_mut(4).zip(self.level_bytes) {
             place.copy_from_slice(&u32::try_from(length).expect("a section of 16 MiB").to_le_bytes());
         }
+        header
     }
 }
 
@@ -100,84 +121,74 @@ fn search(
     }
 }
 
-/// Appends the section that `bytes` make, whether it is shorter or not.
-pub(crate) fn encode(isa: Isa, bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) {
+/// Appends the section that `bytes` make with their code, whether it is shorter or not.
+pub(crate) fn encode(isa: Isa, code: &Code, bytes: &[u8], parts: &mut Parts, out: &mut Vec<u8>) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: this instruction set is chosen only where the CPU has it.
-        Isa::Avx512 => unsafe { super::avx512::encode(bytes, parts, out) },
+        Isa::Avx512 => unsafe { super::avx512::cut(code, bytes, parts) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
-        Isa::Avx2 => unsafe { super::avx2::encode(bytes, parts, out) },
-        _ => encode_with(
+        Isa::Avx2 => unsafe { super::avx2::cut(code, bytes, parts) },
+        _ => cut_with(
+            code,
             bytes,
             parts,
-            out,
             |code, block| {
                 [planes(code, &block.map(|byte| byte & 0x0f)), planes(code, &block.map(|byte| byte >> 4))]
             },
             extract,
         ),
     }
+    out.extend_from_slice(&code.header());
+    let lengths = code.level_bytes.into_iter().chain([code.base_bytes]);
+    for (part, bytes) in parts.levels.iter().chain([&parts.base]).zip(lengths) {
+        out.extend_from_slice(&part.as_flattened()[..bytes]);
+    }
 }
 
-/// [`encode`] with a way to take the planes of a block's low and high nibbles and to gather the bits under a mask.
+/// Cuts the codewords of all nibbles into parts, with a way to take the planes of a block's low and high nibbles and to gather the bits
+/// under a mask.
 #[inline(always)]
-pub(super) fn encode_with(
+pub(super) fn cut_with(
+    code: &Code,
     bytes: &[u8],
-    Parts { levels, base }: &mut Parts,
-    out: &mut Vec<u8>,
+    parts: &mut Parts,
     planes: impl Fn(&Code, &[u8; BLOCK_BYTES]) -> [Planes; 2],
     extract: impl Fn(u64, u64) -> u64,
 ) {
-    let code = Code::new(&histogram(bytes));
-    base.clear();
-    base.reserve(bytes.len().div_ceil(BLOCK_BYTES) * BLOCK_BASE_BYTES);
-    levels.iter_mut().for_each(|level| level.clear(2 * bytes.len()));
-    let (whole, rest) = bytes.as_chunks::<BLOCK_BYTES>();
-    // Filled up with what takes no bits beyond the base, if anything does.
-    let mut last = [[code.order[0] * 0x11; BLOCK_BYTES]];
-    last[0][..rest.len()].copy_from_slice(rest);
-    let last: &[[u8; BLOCK_BYTES]] = if rest.is_empty() { &[] } else { &last };
-    for blocks in [whole, last] {
-        for block in blocks {
-            for planes in planes(&code, block) {
-                let (fixed, rest) = planes.split_at(BASE_BITS);
-                for plane in fixed {
-                    base.extend_from_slice(&plane.to_le_bytes());
-                }
-                let (goes_on, bits) = rest.split_at(LEVELS);
-                for ((level, &mask), &bits) in levels.iter_mut().zip(goes_on).zip(bits) {
-                    level.append(extract(bits, mask), mask.count_ones());
-                }
+    let Parts { levels, base } = parts;
+    base.resize(code.base_bytes / 8, [0; 8]);
+    for (level, bytes) in levels.iter_mut().zip(code.level_bytes) {
+        // One more, as what is not complete is stored too.
+        level.resize(bytes / 8 + 1, [0; 8]);
+    }
+    let mut levels = levels.each_mut().map(|words| Bits { words, at: 0, rest: 0, rest_bits: 0 });
+    let (blocks, rest) = bytes.as_chunks::<BLOCK_BYTES>();
+    let (base, base_of_rest) = base.split_at_mut(blocks.len() * BLOCK_BASE_BYTES / 8);
+    let mut cut = |block: &[u8; BLOCK_BYTES], base: &mut [[u8; 8]; BLOCK_BASE_BYTES / 8]| {
+        for (planes, base) in planes(code, block).into_iter().zip(base.as_chunks_mut::<BASE_BITS>().0) {
+            let (fixed, rest) = planes.split_at(BASE_BITS);
+            for (place, plane) in base.iter_mut().zip(fixed) {
+                *place = plane.to_le_bytes();
+            }
+            let (goes_on, bits) = rest.split_at(LEVELS);
+            for ((level, &mask), &bits) in levels.iter_mut().zip(goes_on).zip(bits) {
+                level.append(extract(bits, mask), mask.count_ones());
             }
         }
+    };
+    for (block, base) in blocks.iter().zip(base.as_chunks_mut().0) {
+        cut(block, base);
     }
-    levels.iter_mut().for_each(Bits::finish);
-    let header_at = out.len();
-    out.resize(header_at + HEADER_BYTES, 0);
-    code.write_header(std::array::from_fn(|level| levels[level].bytes.len()), &mut out[header_at..]);
-    levels.iter().map(|level| &level.bytes).chain([&*base]).for_each(|part| out.extend_from_slice(part));
-}
-
-fn histogram(bytes: &[u8]) -> [u64; 16] {
-    // Four tables, so that neighbours that are equal don't wait for each other.
-    let mut tables = [[0_u32; 256]; 4];
-    let (fours, rest) = bytes.as_chunks::<4>();
-    for four in fours {
-        for (table, &byte) in tables.iter_mut().zip(four) {
-            table[usize::from(byte)] += 1;
-        }
+    if let Some(base) = base_of_rest.first_chunk_mut() {
+        // Filled up with what takes the fewest bits.
+        let mut block = [code.order[0] * 0x11; BLOCK_BYTES];
+        block[..rest.len()].copy_from_slice(rest);
+        cut(&block, base);
     }
-    rest.iter().for_each(|&byte| tables[0][usize::from(byte)] += 1);
-    let mut counts = [0; 16];
-    for table in tables {
-        for (byte, count) in table.into_iter().enumerate() {
-            counts[byte % 16] += u64::from(count);
-            counts[byte / 16] += u64::from(count);
-        }
-    }
-    counts
+    // What was left when the last word was complete.
+    levels.iter_mut().for_each(|level| level.words[level.at] = level.rest.to_le_bytes());
 }
 
 /// The planes of 64 nibbles, eight at a time.
@@ -211,36 +222,25 @@ fn extract(bits: u64, mut mask: u64) -> u64 {
 }
 
 /// Bits one behind the other, from the lowest of each byte up.
-#[derive(Debug, Default)]
-struct Bits {
-    bytes: Vec<u8>,
-    /// Those that make no eight bytes yet.
+struct Bits<'a> {
+    words: &'a mut [[u8; 8]],
+    at: usize,
+    /// Those that make no whole word yet.
     rest: u64,
     rest_bits: u32,
 }
 
-impl Bits {
-    /// Makes room for so many bits, so that later sections of this size find it.
-    fn clear(&mut self, bits: usize) {
-        self.bytes.clear();
-        self.bytes.reserve(bits / 8 + 8);
-        (self.rest, self.rest_bits) = (0, 0);
-    }
-
-    /// Appends the `count` lowest bits, up to 64; the others are 0.
+impl Bits<'_> {
+    /// Appends the `count` lowest bits, up to 64; the others are 0. There is room for them and one word more.
     #[inline(always)]
     fn append(&mut self, bits: u64, count: u32) {
         self.rest |= bits << self.rest_bits;
+        // Always, and the rest chosen without a branch: whether a word is complete, no CPU foretells.
+        self.words[self.at] = self.rest.to_le_bytes();
+        let beyond = bits >> 1 >> (63 - self.rest_bits);
         let total = self.rest_bits + count;
-        if total >= 64 {
-            self.bytes.extend_from_slice(&self.rest.to_le_bytes());
-            self.rest = bits.checked_shr(64 - self.rest_bits).unwrap_or(0);
-        }
+        self.rest = std::hint::select_unpredictable(total >= 64, beyond, self.rest);
+        self.at += (total / 64) as usize;
         self.rest_bits = total % 64;
-    }
-
-    fn finish(&mut self) {
-        let rest = self.rest.to_le_bytes();
-        self.bytes.extend_from_slice(&rest[..self.rest_bits.div_ceil(8) as usize]);
     }
 }

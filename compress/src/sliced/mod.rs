@@ -13,12 +13,13 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod counts;
 mod encode;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
 
-pub(crate) use encode::{Parts, encode};
+pub(crate) use encode::{Code, Parts, encode};
 
 use crate::Isa;
 
@@ -225,7 +226,9 @@ mod tests {
 
     fn encoded(isa: Isa, bytes: &[u8]) -> Vec<u8> {
         let mut section = vec![0xee; 3];
-        encode(isa, bytes, &mut Parts::default(), &mut section);
+        let code = Code::new(isa, bytes);
+        encode(isa, &code, bytes, &mut Parts::default(), &mut section);
+        assert_eq!(section.len(), 3 + code.section_bytes());
         section.split_off(3)
     }
 
