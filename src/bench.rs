@@ -17,7 +17,7 @@ use protocol::key::chain;
 use store::kv_file::KvFile;
 
 use crate::bench_tx::{self, TxFlags};
-use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
+use crate::dataplane::{DEFAULT_HEDGE_PERCENT, DEFAULT_QUEUE_TOLERANCE_US};
 use crate::flags::{EalFlags, NamespaceFlags, PortFlags};
 use crate::out::print_line;
 use crate::{bench_codec, bench_gpu, bench_pages};
@@ -136,6 +136,7 @@ fn config(flags: &RxFlags) -> anyhow::Result<Config> {
         max_chunks: 2048,
         max_layers: 128,
         rto_min: Duration::from_millis(5),
+        hedge_percent: DEFAULT_HEDGE_PERCENT,
         idle_sleep: Duration::ZERO,
         gpu: dataplane::GpuConfig::default(),
         save: dataplane::SaveConfig::NONE,

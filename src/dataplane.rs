@@ -17,6 +17,9 @@ use crate::gpu_flags::GpuFlags;
 /// A poll loop's turn, a burst of interrupts, another thread on the core: what is no queue of the network.
 pub(crate) const DEFAULT_QUEUE_TOLERANCE_US: u64 = 100;
 
+/// What waiting for one slow store may cost the link in packets that come twice.
+pub(crate) const DEFAULT_HEDGE_PERCENT: u8 = 5;
+
 /// Gbit/s, with a fraction, as Mbit/s.
 pub(crate) fn parse_gbps(text: &str) -> Result<u32, String> {
     let gbps: f64 = text.parse().map_err(|_| format!("'{text}' is no number of Gbit/s"))?;
@@ -100,6 +103,10 @@ pub(crate) struct PipelineFlags {
     /// Least time without a packet after which everything asked of a store counts as lost, in microseconds
     #[arg(long, value_name = "US", default_value_t = 5_000)]
     pub(crate) rto_min_us: u64,
+    /// Packets that a replica may be asked for, too, while a store says nothing for longer than 99 % of its answers took: percent of all packets
+    /// asked for, at most 100. With 0 only lookups and headers are asked of replicas then; without --replicas, nothing is
+    #[arg(long, value_name = "PERCENT", default_value_t = DEFAULT_HEDGE_PERCENT, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) hedge_percent: u8,
     /// Chunks that are saved at once, each encoded into a buffer of its own; 0 saves nothing
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
     pub(crate) save_chunks: u16,
@@ -135,6 +142,7 @@ pub(crate) fn run(flags: &Flags) -> anyhow::Result<ExitCode> {
         max_chunks: flags.pipeline.max_chunks,
         max_layers: flags.pipeline.max_layers,
         rto_min: Duration::from_micros(flags.pipeline.rto_min_us),
+        hedge_percent: flags.pipeline.hedge_percent,
         idle_sleep: flags.eal.idle_sleep(),
         gpu: flags.gpu.config()?,
         save: SaveConfig {

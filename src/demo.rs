@@ -21,7 +21,7 @@ use store::keeper::Keeper;
 use store::kv_file::KvFile;
 use store::load::LoadConfig;
 
-use crate::dataplane::DEFAULT_QUEUE_TOLERANCE_US;
+use crate::dataplane::{DEFAULT_HEDGE_PERCENT, DEFAULT_QUEUE_TOLERANCE_US};
 use crate::fetch::Run;
 use crate::flags::{CodecFlags, STORE_UDP_PORT};
 use crate::out::{print_line, say};
@@ -430,6 +430,7 @@ impl OneProcess {
             max_chunks: 4096,
             max_layers: 128,
             rto_min: Duration::from_millis(5),
+            hedge_percent: DEFAULT_HEDGE_PERCENT,
             idle_sleep,
             gpu: dataplane::GpuConfig::default(),
             save: dataplane::SaveConfig::NONE,

@@ -23,9 +23,13 @@ fn help_gives_every_flag_a_line_a_unit_and_a_default() {
     }
     let dataplane = String::from_utf8(run(&["dataplane", "--help"]).stdout).unwrap();
     let dataplane = dataplane.split_whitespace().collect::<Vec<_>>().join(" ");
-    for expected in
-        ["--lcores <STAGE@CPUS,...>", "[default: rx@0,decode@0,dma@0]", "--slot-kib <KIB>", "--mbufs <COUNT>"]
-    {
+    for expected in [
+        "--lcores <STAGE@CPUS,...>",
+        "[default: rx@0,decode@0,dma@0]",
+        "--slot-kib <KIB>",
+        "--mbufs <COUNT>",
+        "--hedge-percent <PERCENT>",
+    ] {
         assert!(dataplane.contains(expected), "{expected} is not in\n{dataplane}");
     }
 }
@@ -54,6 +58,7 @@ fn refusals_name_what_is_wrong_and_what_to_do() {
         (dataplane(&["--slots", "0"]), "--slots is 0"),
         (dataplane(&["--mbufs", "100"]), "--mbufs 100 is too little"),
         (dataplane(&["--mtu", "300"]), "--mtu 300 is too small"),
+        (dataplane(&["--hedge-percent", "101"]), "'--hedge-percent <PERCENT>': 101 is not in 0..=100"),
         (dataplane(&["--socket", "/nonexistent/folder/s.sock"]), "/nonexistent/folder/s.sock"),
         (
             refusal(&[

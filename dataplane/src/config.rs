@@ -54,6 +54,9 @@ pub struct Config {
     pub max_layers: u16,
     /// Least time without an arrival after which everything asked of a store counts as lost.
     pub rto_min: Duration,
+    /// Packets that a replica may be asked for while a store is only slow, percent of all that are asked for; 0 to ask replicas for
+    /// lookups and headers alone.
+    pub hedge_percent: u8,
     /// How long an idle lcore naps; zero never.
     pub idle_sleep: Duration,
     /// The GPUs to deliver to.

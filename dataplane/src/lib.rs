@@ -12,6 +12,7 @@ mod control_thread;
 mod decode;
 mod direct;
 mod dma;
+mod fetch_counts;
 mod fetches;
 mod gpu;
 mod job;

@@ -19,6 +19,7 @@ pub(crate) fn report(
         "uptime_s": pipeline.clock.now_ns() / 1_000_000_000,
         "clients": clients,
         "counters": counters(pipeline),
+        "transport": transport(pipeline),
         "save": save(pipeline, saves),
         "gpu": gpu(gpus),
         "gpudirect": gpudirect(pipeline),
@@ -40,6 +41,15 @@ fn counters(pipeline: &Pipeline) -> Value {
         if let Value::Object(link) = queue.link.to_json() {
             link.iter().for_each(|(name, value)| add(&mut sums, name, value));
         }
+    }
+    Value::Object(sums)
+}
+
+/// What was asked of stores, lost, and asked of replicas, added up over the queues.
+fn transport(pipeline: &Pipeline) -> Value {
+    let mut sums = Map::new();
+    for (name, counter) in pipeline.queues.iter().flat_map(|queue| queue.fetch.named()) {
+        add(&mut sums, name, &json!(counter.get()));
     }
     Value::Object(sums)
 }

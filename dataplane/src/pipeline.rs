@@ -25,6 +25,7 @@ use crate::config::{Config, ConfigError};
 use crate::decode::{DecodeDevice, DecodeRings, DecodeStage, OffloadCounters, PlaneDecoder};
 use crate::direct::{self, DirectCounters, DirectQueue, GpuDirect, NoGpuDirect, Prepared};
 use crate::dma::{DmaRings, DmaStage};
+use crate::fetch_counts::FetchCounts;
 use crate::fetches::{FetchLimits, Fetches, QueueEnds};
 use crate::gpu::Gpus;
 use crate::job::PlaneJob;
@@ -92,6 +93,7 @@ pub(crate) struct Budget {
 pub(crate) struct QueueView {
     pub(crate) link: Arc<LinkCounters>,
     pub(crate) planes: Arc<PlaneCounters>,
+    pub(crate) fetch: Arc<FetchCounts>,
     pub(crate) offers: Arc<OfferCounts>,
     pub(crate) pool: Pool,
     /// Where it receives into GPU memory.
@@ -209,6 +211,7 @@ impl Budget {
             queue_tolerance: config.queue_tolerance,
             schedule: config.schedule,
             rto_min: config.rto_min,
+            hedge_percent: config.hedge_percent,
             stores: u16::try_from(config.stores.len()).unwrap_or(u16::MAX),
             seed,
             ..FetchConfig::default()
@@ -314,6 +317,7 @@ impl Pipeline {
             queues.push(QueueView {
                 link: link_counters,
                 planes,
+                fetch: Arc::clone(&stage.fetch_counts),
                 offers: stage.offers.counts(),
                 pool,
                 direct,
@@ -492,6 +496,7 @@ impl StageBuilder<'_> {
             parts: Parts((0..self.limits.fetches + self.limits.lookups).map(|_| None).collect()),
             latencies: Latencies::default(),
             counters: Arc::default(),
+            fetch_counts: Arc::default(),
             offers: self.offers(index)?,
             direct,
         };

@@ -21,6 +21,7 @@ use protocol::{
 
 use crate::chunk_layout::EncodedChunks;
 use crate::direct::DirectQueue;
+use crate::fetch_counts::FetchCounts;
 use crate::job::{
     FetchPart, LookupAnswer, LookupPart, PartId, PlaneJob, PlaneOutcome, QueueMessage, REJECTED_BY_SINK,
     REJECTED_SHAPE, REJECTED_UNDECODABLE, missing_reason,
@@ -109,6 +110,7 @@ pub(crate) struct RxStage {
     pub(crate) parts: Parts,
     pub(crate) latencies: Latencies,
     pub(crate) counters: Arc<PlaneCounters>,
+    pub(crate) fetch_counts: Arc<FetchCounts>,
     pub(crate) offers: Offers,
     /// Receiving into GPU memory, if that is done.
     pub(crate) direct: Option<DirectQueue>,
@@ -133,7 +135,8 @@ impl Stage for RxStage {
             work += self.receive_direct(now_ns);
         }
         work += self.take_strays(now);
-        if self.engine.poll_timeout().is_some_and(|due| due <= now) {
+        let is_due = self.engine.poll_timeout().is_some_and(|due| due <= now);
+        if is_due {
             self.engine.handle_timeout(now);
         }
         work += self.take_events(now_ns);
@@ -143,7 +146,11 @@ impl Stage for RxStage {
         while let Some(store) = self.engine.poll_suspect().or_else(|| self.offers.poll_suspect()) {
             self.paths.handle_silence(now, store, self.engine.round_trip(store));
         }
-        work + self.transmit(now)
+        work += self.transmit(now);
+        if work > 0 || is_due {
+            self.fetch_counts.mirror(self.engine.counters());
+        }
+        work
     }
 }
 

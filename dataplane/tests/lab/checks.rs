@@ -94,9 +94,24 @@ pub(crate) fn check_counters(name: &str, before: &Value, after: &Value, sums: &S
     if !sums.is_shaky {
         assert_eq!((arrived, corrupt, undecodable), (sums.planes, sums.poisoned_planes, 0), "{name}");
     }
+    check_transport(name, &before["transport"], &after["transport"], (more("segments_accepted"), received));
     let memory = &after["memory"];
     assert_eq!(memory["slots_free"], memory["slots"], "{name}: every slot is free again");
     assert_eq!(memory["decode_backlog_planes"], 0, "{name}");
     let port = &after["port"];
     assert_eq!(count(port, "rx_packets"), count(new, "rx_packets"), "{name}");
+}
+
+/// What was asked for accounts for what was taken in and sent.
+fn check_transport(name: &str, old: &Value, new: &Value, (segments, sent): (u64, u64)) {
+    let more = |counter: &str| count(new, counter) - count(old, counter);
+    let asked = more("segments_asked") + more("segments_asked_again");
+    assert!(segments <= asked, "{name}: {segments} segments of {asked} asked for");
+    let requests = more("lookups_sent") + more("pulls_sent");
+    assert!(0 < requests && requests <= sent, "{name}: {requests} requests of {sent} packets");
+    assert_eq!(
+        (more("chunks_hedged"), more("segments_hedged"), more("planes_hedged")),
+        (0, 0, 0),
+        "{name}: one store"
+    );
 }

@@ -120,6 +120,7 @@ pub(crate) fn config(device: String, socket: PathBuf, gpu: dataplane::GpuConfig)
         max_chunks: 64,
         max_layers: 16,
         rto_min: Duration::from_millis(4),
+        hedge_percent: 5,
         idle_sleep: Duration::from_micros(20),
         gpu,
         save: dataplane::SaveConfig::NONE,
