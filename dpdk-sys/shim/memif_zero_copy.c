@@ -1,11 +1,13 @@
 /* net_memif with zero-copy=yes: the client's own mbufs are what its server writes received packets into and reads sent ones from.
  *
- * Three faults of the driver (22.11; those of 24.11 and of today's are the same) are mended here, by renaming its calls:
+ * Four faults of the driver are mended here, by renaming its calls:
  *
  * - It closes the descriptors of the EAL's memory when it is connected. They are the EAL's own: the next connection hands out whatever has that
  *   number by then, and the server sees other memory, or none. It gets duplicates here.
  * - Its region is as long as the memory in use together, from the beginning of the EAL's list on: with a gap in it, too short. And every buffer
  *   is described as lying in the first region, which is whatever list comes first. Here it sees one list, the one that the pools lie in.
+ * - It asks for descriptors, and allocates, while it holds the lock of the EAL's memory: a thread that needs more memory at that moment, and it, wait
+ *   for each other for ever.
  * - When the server leaves, it forgets the mbufs that lie in the rings: a ring full with each connection. They go back to their pools here. What
  *   the driver knows of a queue is needed for that; `struct queue` is its layout, compared with what is known before it is used. */
 #include "memif.h"
@@ -85,40 +87,42 @@ int shim_memif_share(struct rte_mempool *pool)
 	return 0;
 }
 
-struct walk {
-	rte_memseg_walk_t call;
-	void *argument;
+/* What is in use of a list: its first segment, and where the last one ends. */
+struct used {
+	const struct rte_memseg *first;
 	uint64_t end;
 };
 
-/* Passes a segment on as one that begins where the one before it has ended. */
-static int pass_on(const struct rte_memseg_list *list, const struct rte_memseg *segment, void *argument)
+static int note(const struct rte_memseg_list *list, const struct rte_memseg *segment, void *argument)
 {
-	struct walk *walk = argument;
+	struct used *used = argument;
 	if (list != shared)
 		return 0;
-	struct rte_memseg stretched = *segment;
-	uint64_t end = segment->addr_64 + segment->len;
-	stretched.len = end - walk->end;
-	walk->end = end;
-	return walk->call(list, &stretched, walk->argument);
+	if (used->first == NULL)
+		used->first = segment;
+	used->end = segment->addr_64 + segment->len;
+	return 0;
 }
 
-/* What the driver calls in place of rte_memseg_walk. */
+/* What the driver calls in place of rte_memseg_walk: gets one segment, as long as the list is up to the end of what is in use of it. Not
+ * from within the walk, which holds the lock of EAL's memory: the driver allocates some, and takes the lock again, for which it would wait for
+ * ever behind a thread that waits for it to be free. */
 int shim_memif_walk(rte_memseg_walk_t call, void *argument);
 int shim_memif_walk(rte_memseg_walk_t call, void *argument)
 {
-	if (shared == NULL)
+	struct used used = { 0 };
+	if (shared == NULL || rte_memseg_walk(note, &used) != 0 || used.first == NULL)
 		return -1;
-	struct walk walk = { .call = call, .argument = argument, .end = shared->addr_64 };
-	return rte_memseg_walk(pass_on, &walk);
+	struct rte_memseg whole = *used.first;
+	whole.len = used.end - shared->addr_64;
+	return call(shared, &whole, argument);
 }
 
-/* What the driver calls in place of rte_memseg_get_fd, with a segment from above. */
-int shim_memif_segment_fd(const struct rte_memseg *stretched);
-int shim_memif_segment_fd(const struct rte_memseg *stretched)
+/* What the driver calls in place of rte_memseg_get_fd, with the segment from above. */
+int shim_memif_segment_fd(const struct rte_memseg *whole);
+int shim_memif_segment_fd(const struct rte_memseg *whole)
 {
-	int fd = rte_memseg_get_fd(rte_mem_virt2memseg(stretched->addr, NULL));
+	int fd = rte_memseg_get_fd(rte_mem_virt2memseg(whole->addr, NULL));
 	return fd < 0 ? fd : fcntl(fd, F_DUPFD_CLOEXEC, 3);
 }
 
