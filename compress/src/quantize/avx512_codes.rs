@@ -5,9 +5,9 @@
 use std::arch::x86_64::{
     __m512, __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_castsi512_ps, _mm512_castsi512_si256,
     _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_extracti64x4_epi64, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_maskz_loadu_epi16, _mm512_min_ps, _mm512_mul_ps, _mm512_packus_epi16, _mm512_packus_epi32,
-    _mm512_permutex2var_ps, _mm512_permutexvar_epi8, _mm512_set_epi32, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_slli_epi32, _mm512_storeu_si512, _mm512_sub_ps,
+    _mm512_maskz_loadu_epi16, _mm512_maskz_permutex2var_epi8, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512,
+    _mm512_permutex2var_ps, _mm512_set_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32,
+    _mm512_storeu_si512, _mm512_sub_ps,
 };
 
 use super::{Groups, Job, avx512_packing};
@@ -269,26 +269,31 @@ fn codes_of_loaded<const BF16: bool, const CUT: bool>(
         // To nearest, ties to even, as is the CPU's state.
         _mm512_cvtps_epi32(if CUT { _mm512_min_ps(distance, largest) } else { distance })
     };
-    let words = [_mm512_packus_epi32(code(a, 0), code(b, 1)), _mm512_packus_epi32(code(c, 2), code(d, 3))];
-    let bytes = _mm512_packus_epi16(words[0], words[1]);
-    // SAFETY: 64 bytes.
-    let order = unsafe { _mm512_loadu_si512(if BF16 { &ORDER_BF16 } else { &ORDER_F16 }.as_ptr().cast()) };
-    _mm512_permutexvar_epi8(order, bytes)
+    // The lowest byte of each of two registers' numbers, into one half and into the other.
+    let order = order(BF16);
+    let low = _mm512_maskz_permutex2var_epi8(0xffff_ffff, code(a, 0), order, code(b, 1));
+    let high = _mm512_maskz_permutex2var_epi8(0xffff_ffff << 32, code(c, 2), order, code(d, 3));
+    _mm512_or_si512(low, high)
 }
 
-/// Where the code of each element is after packing.
-const ORDER_BF16: [u8; 64] = order(true);
-const ORDER_F16: [u8; 64] = order(false);
+/// Where the codes of 32 elements are in two registers of [`widen`], twice.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn order(bf16: bool) -> __m512i {
+    const BF16: [u8; 64] = places(true);
+    const F16: [u8; 64] = places(false);
+    // SAFETY: 64 bytes.
+    unsafe { _mm512_loadu_si512(if bf16 { &BF16 } else { &F16 }.as_ptr().cast()) }
+}
 
-const fn order(bf16: bool) -> [u8; 64] {
-    let mut order = [0; 64];
+const fn places(bf16: bool) -> [u8; 64] {
+    let mut places = [0; 64];
     let mut element = 0_u8;
     while element < 64 {
-        let (half, index) = (element / 32, element % 32);
-        // Which of two registers the element is in, and where: packing takes four numbers of one, then four of the other.
+        let index = element % 32;
         let (register, place) = if bf16 { (index % 2, index / 2) } else { (index / 16, index % 16) };
-        order[element as usize] = place / 4 * 16 + half * 8 + register * 4 + place % 4;
+        places[element as usize] = 64 * register + 4 * place;
         element += 1;
     }
-    order
+    places
 }

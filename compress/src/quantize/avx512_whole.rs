@@ -12,7 +12,7 @@ use crate::dtype::Dtype;
 use crate::packing::Packing;
 
 /// Tokens whose elements of one channel are quantized together, so that what belongs to the channel is loaded once for all.
-const TOKENS: usize = 8;
+const TOKENS: usize = 32;
 
 const NIBBLES: u8 = 0;
 const NIBBLES_NIBBLES: u8 = 1;

@@ -209,7 +209,7 @@ mod tests {
             1 => (1_u16..40).prop_map(|eighth| eighth * 8),
         ];
         let dtype = prop_oneof![Just(Dtype::Bf16), Just(Dtype::F16)];
-        (dims, 1_u16..4, 1_u16..21, dtype).prop_flat_map(|(head_dim, kv_heads, tokens, dtype)| {
+        (dims, 1_u16..5, 1_u16..40, dtype).prop_flat_map(|(head_dim, kv_heads, tokens, dtype)| {
             (Just(Shape { layers: 1, kv_heads, head_dim, tokens, dtype }), elements(dtype))
         })
     }

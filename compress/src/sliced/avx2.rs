@@ -174,7 +174,7 @@ pub(super) unsafe fn cut(code: &Code, bytes: &[u8], parts: &mut Parts) {
         code,
         bytes,
         parts,
-        |code, nibbles| unsafe { planes(code, nibbles) },
+        |code, blocks, out| unsafe { planes(code, blocks, out) },
         |bits, mask| _pext_u64(bits, mask),
     );
 }
@@ -183,21 +183,24 @@ pub(super) unsafe fn cut(code: &Code, bytes: &[u8], parts: &mut Parts) {
 /// The CPU has these features.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn planes(code: &Code, block: &[u8; BLOCK_BYTES]) -> [Planes; 2] {
-    // SAFETY: sixteen bytes each, and 32 twice.
-    let (shapes, bits, bytes) = unsafe {
+unsafe fn planes(code: &Code, blocks: &[[u8; BLOCK_BYTES]], out: &mut [[Planes; 2]]) {
+    // SAFETY: sixteen bytes each.
+    let (shapes, bits) = unsafe {
         let table = |table: &[u8; 16]| _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
-        let block = block.as_ptr().cast::<__m256i>();
-        let bytes = [_mm256_loadu_si256(block), _mm256_loadu_si256(block.add(1))];
-        (table(&code.shapes), table(&code.bits), bytes)
+        (table(&code.shapes), table(&code.bits))
     };
     let mask = _mm256_set1_epi8(0x0f);
-    let low = [_mm256_and_si256(bytes[0], mask), _mm256_and_si256(bytes[1], mask)];
-    let high = [
-        _mm256_and_si256(_mm256_srli_epi16::<4>(bytes[0]), mask),
-        _mm256_and_si256(_mm256_srli_epi16::<4>(bytes[1]), mask),
-    ];
-    [planes_of(shapes, bits, low), planes_of(shapes, bits, high)]
+    for (block, [low, high]) in blocks.iter().zip(out) {
+        // SAFETY: 32 bytes twice.
+        let bytes = unsafe {
+            let block = block.as_ptr().cast::<__m256i>();
+            [_mm256_loadu_si256(block), _mm256_loadu_si256(block.add(1))]
+        };
+        let shifted = [_mm256_srli_epi16::<4>(bytes[0]), _mm256_srli_epi16::<4>(bytes[1])];
+        *low = planes_of(shapes, bits, [_mm256_and_si256(bytes[0], mask), _mm256_and_si256(bytes[1], mask)]);
+        *high =
+            planes_of(shapes, bits, [_mm256_and_si256(shifted[0], mask), _mm256_and_si256(shifted[1], mask)]);
+    }
 }
 
 #[target_feature(enable = "avx2")]
@@ -206,16 +209,17 @@ fn planes_of(shapes: __m256i, bits: __m256i, [low, high]: [__m256i; 2]) -> Plane
     let shapes = [_mm256_shuffle_epi8(shapes, low), _mm256_shuffle_epi8(shapes, high)];
     let bits = [_mm256_shuffle_epi8(bits, low), _mm256_shuffle_epi8(bits, high)];
     [
-        plane::<7>(shapes),
-        plane::<6>(shapes),
-        plane::<5>(shapes),
-        plane::<4>(shapes),
-        plane::<3>(shapes),
-        plane::<2>(shapes),
-        plane::<7>(bits),
-        plane::<6>(bits),
-        plane::<5>(bits),
-        plane::<4>(bits),
+        [
+            plane::<7>(shapes),
+            plane::<6>(shapes),
+            plane::<5>(shapes),
+            plane::<4>(shapes),
+            plane::<3>(shapes),
+            plane::<2>(shapes),
+            0,
+            0,
+        ],
+        [plane::<7>(bits), plane::<6>(bits), plane::<5>(bits), plane::<4>(bits), 0, 0, 0, 0],
     ]
 }
 

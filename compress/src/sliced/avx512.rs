@@ -5,9 +5,9 @@ use std::arch::x86_64::{
     _mm512_broadcast_i32x4, _mm512_cmpge_epu8_mask, _mm512_gf2p8affine_epi64_epi8, _mm512_inserti32x4,
     _mm512_loadu_si512, _mm512_mask_add_epi8, _mm512_maskz_loadu_epi8, _mm512_or_si512,
     _mm512_permutexvar_epi8, _mm512_popcnt_epi64, _mm512_reduce_add_epi64, _mm512_set1_epi8,
-    _mm512_set1_epi64, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_slli_epi64,
-    _mm512_srli_epi16, _mm512_srli_epi64, _mm512_storeu_si512, _mm512_subs_epu8, _mm512_ternarylogic_epi64,
-    _mm512_test_epi8_mask, _pdep_u64, _pext_u64,
+    _mm512_set1_epi64, _mm512_set4_epi32, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_slli_epi16,
+    _mm512_slli_epi64, _mm512_srli_epi16, _mm512_srli_epi64, _mm512_storeu_si512, _mm512_subs_epu8,
+    _mm512_ternarylogic_epi64, _pdep_u64, _pext_u64,
 };
 
 use super::counts;
@@ -205,42 +205,55 @@ pub(super) unsafe fn cut(code: &Code, bytes: &[u8], parts: &mut Parts) {
         code,
         bytes,
         parts,
-        |code, nibbles| unsafe { planes(code, nibbles) },
+        |code, blocks, out| unsafe { planes(code, blocks, out) },
         |bits, mask| _pext_u64(bits, mask),
     );
 }
 
 /// # Safety
 /// The CPU has these features.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
 #[inline]
-unsafe fn planes(code: &Code, block: &[u8; BLOCK_BYTES]) -> [Planes; 2] {
-    // SAFETY: 64 bytes.
-    let bytes = unsafe { _mm512_loadu_si512(block.as_ptr().cast()) };
+unsafe fn planes(code: &Code, blocks: &[[u8; BLOCK_BYTES]], out: &mut [[Planes; 2]]) {
     let mask = _mm512_set1_epi8(0x0f);
-    let low = _mm512_and_si512(bytes, mask);
-    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), mask);
-    [planes_of(code, low), planes_of(code, high)]
+    // The last byte of a matrix makes the lowest bit.
+    let backwards = _mm512_set1_epi64(0x0001_0203_0405_0607);
+    let backwards = _mm512_add_epi8(backwards, _mm512_set4_epi32(0x0808_0808, 0x0808_0808, 0, 0));
+    let tables = [table(&code.shapes), table(&code.bits)];
+    for (block, halves) in blocks.iter().zip(out) {
+        // SAFETY: 64 bytes.
+        let bytes = _mm512_shuffle_epi8(unsafe { _mm512_loadu_si512(block.as_ptr().cast()) }, backwards);
+        let low = _mm512_and_si512(bytes, mask);
+        let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), mask);
+        for (nibbles, planes) in [low, high].into_iter().zip(halves) {
+            for (table, planes) in tables.into_iter().zip(planes) {
+                let planes_of = by_plane(_mm512_shuffle_epi8(table, nibbles));
+                // SAFETY: eight words.
+                unsafe { _mm512_storeu_si512(planes.as_mut_ptr().cast(), planes_of) };
+            }
+        }
+    }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+/// All lowest bits of 64 bytes, all second ones, and so on, where each eight bytes lie backwards.
+#[target_feature(enable = "avx512f,avx512vbmi,gfni")]
 #[inline]
-fn planes_of(code: &Code, nibbles: __m512i) -> Planes {
-    let shapes = _mm512_shuffle_epi8(table(&code.shapes), nibbles);
-    let bits = _mm512_shuffle_epi8(table(&code.bits), nibbles);
-    let plane = |bytes, place: u32| _mm512_test_epi8_mask(bytes, _mm512_set1_epi8(1 << place));
-    [
-        plane(shapes, 0),
-        plane(shapes, 1),
-        plane(shapes, 2),
-        plane(shapes, 3),
-        plane(shapes, 4),
-        plane(shapes, 5),
-        plane(bits, 0),
-        plane(bits, 1),
-        plane(bits, 2),
-        plane(bits, 3),
-    ]
+fn by_plane(bytes: __m512i) -> __m512i {
+    const PLACES: [u8; 64] = {
+        let mut places = [0; 64];
+        let mut place = 0_u8;
+        while place < 64 {
+            places[place as usize] = place % 8 * 8 + place / 8;
+            place += 1;
+        }
+        places
+    };
+    let columns = _mm512_set1_epi64(0x8040_2010_0804_0201_u64.cast_signed());
+    // Of each eight bytes, a byte of their lowest bits, and so on.
+    let bits = _mm512_gf2p8affine_epi64_epi8::<0>(columns, bytes);
+    // SAFETY: 64 bytes.
+    let places = unsafe { _mm512_loadu_si512(PLACES.as_ptr().cast()) };
+    _mm512_permutexvar_epi8(places, bits)
 }
 
 /// As [`counts::sums`].
@@ -249,21 +262,23 @@ fn planes_of(code: &Code, nibbles: __m512i) -> Planes {
 /// The CPU has these features.
 #[target_feature(enable = "avx512f,avx512vpopcntdq")]
 pub(super) unsafe fn sums(bytes: &[u8]) -> [u64; 16] {
-    let mut counted = [_mm512_setzero_si512(); 16];
+    let mut counted = [_mm512_setzero_si512(); 15];
     let (pieces, rest) = bytes.as_chunks::<256>();
     for piece in pieces {
         // SAFETY: four times 64 bytes.
         let words = [0, 64, 128, 192].map(|at| unsafe { _mm512_loadu_si512(piece.as_ptr().add(at).cast()) });
-        let planes = by_place(words);
-        let mut having = [_mm512_setzero_si512(); 16];
-        for nibble in 1..16_usize {
-            let (others, plane) = (nibble & (nibble - 1), planes[nibble.trailing_zeros() as usize]);
-            having[nibble] = if others == 0 { plane } else { _mm512_and_si512(having[others], plane) };
-            counted[nibble] = _mm512_add_epi64(counted[nibble], _mm512_popcnt_epi64(having[nibble]));
+        let [a, b, c, d] = by_place(words);
+        let and = |a, b| _mm512_and_si512(a, b);
+        let (ab, cd) = (and(a, b), and(c, d));
+        let (ac, bc, abc) = (and(a, c), and(b, c), and(ab, c));
+        let (ad, bd, abd) = (and(a, d), and(b, d), and(ab, d));
+        let having = [a, b, ab, c, ac, bc, abc, d, ad, bd, abd, cd, and(a, cd), and(b, cd), and(ab, cd)];
+        for (counted, having) in counted.iter_mut().zip(having) {
+            *counted = _mm512_add_epi64(*counted, _mm512_popcnt_epi64(having));
         }
     }
     let mut sums = counts::sums(rest);
-    for (sum, counted) in sums.iter_mut().zip(counted) {
+    for (sum, counted) in sums[1..].iter_mut().zip(counted) {
         *sum += _mm512_reduce_add_epi64(counted).cast_unsigned();
     }
     sums

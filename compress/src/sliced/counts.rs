@@ -33,7 +33,7 @@ fn sums_popcnt(bytes: &[u8]) -> [u64; 16] {
 /// How many nibbles have all the bits of each nibble but 0.
 #[inline(always)]
 pub(super) fn sums(bytes: &[u8]) -> [u64; 16] {
-    let mut sums = [0; 16];
+    let mut sums = [0_u64; 16];
     let (pieces, rest) = bytes.as_chunks::<32>();
     // Zeros have none of the bits.
     let mut last = [[0; 32]];
@@ -44,11 +44,12 @@ pub(super) fn sums(bytes: &[u8]) -> [u64; 16] {
             for (word, bytes) in words.iter_mut().zip(piece.as_chunks::<8>().0) {
                 *word = u64::from_le_bytes(*bytes);
             }
-            let planes = by_place(words);
-            let mut having = [u64::MAX; 16];
-            for nibble in 1..16_usize {
-                having[nibble] = having[nibble & (nibble - 1)] & planes[nibble.trailing_zeros() as usize];
-                sums[nibble] += u64::from(having[nibble].count_ones());
+            let [a, b, c, d] = by_place(words);
+            let (ab, cd) = (a & b, c & d);
+            let having =
+                [a, b, ab, c, a & c, b & c, ab & c, d, a & d, b & d, ab & d, cd, a & cd, b & cd, ab & cd];
+            for (sum, having) in sums[1..].iter_mut().zip(having) {
+                *sum += u64::from(having.count_ones());
             }
         }
     }

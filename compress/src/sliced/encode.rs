@@ -4,11 +4,12 @@ use super::counts::histogram;
 use super::{BASE_BITS, BLOCK_BASE_BYTES, BLOCK_BYTES, HEADER_BYTES, LEVELS};
 use crate::Isa;
 
-/// Bits of a codeword by place: the base, whether each level goes on, and the bit there.
-const PLANES: usize = BASE_BITS + 2 * LEVELS;
+/// Of 64 nibbles, each bit of their shapes in [`Code`], and each of their bits.
+pub(super) type Planes = [[u64; 8]; 2];
 
-/// Of 64 nibbles, each bit of their codewords.
-pub(super) type Planes = [u64; PLANES];
+/// Blocks whose planes are taken before they are appended to the parts: through memory, which is nearer to the CPU's whole numbers than
+/// its vectors are.
+const BATCH: usize = 16;
 
 /// The parts of a section as they grow; kept, so that nothing is allocated for the next.
 #[derive(Debug, Default)]
@@ -130,15 +131,7 @@ pub(crate) fn encode(isa: Isa, code: &Code, bytes: &[u8], parts: &mut Parts, out
         #[cfg(target_arch = "x86_64")]
         // SAFETY: likewise.
         Isa::Avx2 => unsafe { super::avx2::cut(code, bytes, parts) },
-        _ => cut_with(
-            code,
-            bytes,
-            parts,
-            |code, block| {
-                [planes(code, &block.map(|byte| byte & 0x0f)), planes(code, &block.map(|byte| byte >> 4))]
-            },
-            extract,
-        ),
+        _ => cut_with(code, bytes, parts, planes, extract),
     }
     out.extend_from_slice(&code.header());
     let lengths = code.level_bytes.into_iter().chain([code.base_bytes]);
@@ -147,14 +140,30 @@ pub(crate) fn encode(isa: Isa, code: &Code, bytes: &[u8], parts: &mut Parts, out
     }
 }
 
-/// Cuts the codewords of all nibbles into parts, with a way to take the planes of a block's low and high nibbles and to gather the bits
-/// under a mask.
+/// Cuts the codewords of all nibbles into parts, with a way to take the planes of the low and high nibbles of blocks and one to gather the
+/// bits under a mask.
 #[inline(always)]
 pub(super) fn cut_with(
     code: &Code,
     bytes: &[u8],
     parts: &mut Parts,
-    planes: impl Fn(&Code, &[u8; BLOCK_BYTES]) -> [Planes; 2],
+    planes: impl Fn(&Code, &[[u8; BLOCK_BYTES]], &mut [[Planes; 2]]),
+    extract: impl Fn(u64, u64) -> u64,
+) {
+    if code.thresholds[0] == 0 {
+        cut::<true>(code, bytes, parts, planes, extract);
+    } else {
+        cut::<false>(code, bytes, parts, planes, extract);
+    }
+}
+
+/// [`cut_with`], with `ALL` of codewords that all go on at the first level.
+#[inline(always)]
+fn cut<const ALL: bool>(
+    code: &Code,
+    bytes: &[u8],
+    parts: &mut Parts,
+    planes: impl Fn(&Code, &[[u8; BLOCK_BYTES]], &mut [[Planes; 2]]),
     extract: impl Fn(u64, u64) -> u64,
 ) {
     let Parts { levels, base } = parts;
@@ -163,48 +172,55 @@ pub(super) fn cut_with(
         // One more, as what is not complete is stored too.
         level.resize(bytes / 8 + 1, [0; 8]);
     }
-    let mut levels = levels.each_mut().map(|words| Bits { words, at: 0, rest: 0, rest_bits: 0 });
+    let [first, second, third, fourth] = levels;
+    let mut levels = [first, second, third, fourth].map(Bits::new);
     let (blocks, rest) = bytes.as_chunks::<BLOCK_BYTES>();
-    let (base, base_of_rest) = base.split_at_mut(blocks.len() * BLOCK_BASE_BYTES / 8);
-    let mut cut = |block: &[u8; BLOCK_BYTES], base: &mut [[u8; 8]; BLOCK_BASE_BYTES / 8]| {
-        for (planes, base) in planes(code, block).into_iter().zip(base.as_chunks_mut::<BASE_BITS>().0) {
-            let (fixed, rest) = planes.split_at(BASE_BITS);
-            for (place, plane) in base.iter_mut().zip(fixed) {
-                *place = plane.to_le_bytes();
-            }
-            let (goes_on, bits) = rest.split_at(LEVELS);
-            for ((level, &mask), &bits) in levels.iter_mut().zip(goes_on).zip(bits) {
-                level.append(extract(bits, mask), mask.count_ones());
+    // Filled up with what takes the fewest bits.
+    let mut last = [[code.order[0] * 0x11; BLOCK_BYTES]];
+    last[0][..rest.len()].copy_from_slice(rest);
+    let last: &[[u8; BLOCK_BYTES]] = if rest.is_empty() { &[] } else { &last };
+    let (base, base_of_last) = base.split_at_mut(blocks.len() * BLOCK_BASE_BYTES / 8);
+    let mut taken = [[[[0; 8]; 2]; 2]; BATCH];
+    for (blocks, base) in [(blocks, base), (last, base_of_last)] {
+        for (blocks, base) in blocks.chunks(BATCH).zip(base.chunks_mut(BATCH * BLOCK_BASE_BYTES / 8)) {
+            let taken = &mut taken[..blocks.len()];
+            planes(code, blocks, taken);
+            for ([shapes, bits], base) in taken.as_flattened().iter().zip(base.as_chunks_mut::<BASE_BITS>().0)
+            {
+                *base = [shapes[0].to_le_bytes(), shapes[1].to_le_bytes()];
+                if ALL {
+                    levels[0].append_word(bits[0]);
+                }
+                for level in usize::from(ALL)..LEVELS {
+                    let mask = shapes[BASE_BITS + level];
+                    levels[level].append(extract(bits[level], mask), mask.count_ones());
+                }
             }
         }
-    };
-    for (block, base) in blocks.iter().zip(base.as_chunks_mut().0) {
-        cut(block, base);
     }
-    if let Some(base) = base_of_rest.first_chunk_mut() {
-        // Filled up with what takes the fewest bits.
-        let mut block = [code.order[0] * 0x11; BLOCK_BYTES];
-        block[..rest.len()].copy_from_slice(rest);
-        cut(&block, base);
+    for level in levels {
+        level.finish();
     }
-    // What was left when the last word was complete.
-    levels.iter_mut().for_each(|level| level.words[level.at] = level.rest.to_le_bytes());
 }
 
-/// The planes of 64 nibbles, eight at a time.
-fn planes(code: &Code, nibbles: &[u8; BLOCK_BYTES]) -> Planes {
-    let mut planes = [0; PLANES];
+/// The planes of all nibbles of blocks, eight at a time.
+fn planes(code: &Code, blocks: &[[u8; BLOCK_BYTES]], out: &mut [[Planes; 2]]) {
+    for (block, [low, high]) in blocks.iter().zip(out) {
+        *low = planes_of(code, &block.map(|byte| byte & 0x0f));
+        *high = planes_of(code, &block.map(|byte| byte >> 4));
+    }
+}
+
+fn planes_of(code: &Code, nibbles: &[u8; BLOCK_BYTES]) -> Planes {
+    let mut planes = [[0; 8]; 2];
     for (index, nibbles) in nibbles.as_chunks::<8>().0.iter().enumerate() {
-        let [shapes, bits] = [&code.shapes, &code.bits]
-            .map(|table| u64::from_le_bytes(nibbles.map(|nibble| table[usize::from(nibble)])));
-        for (place, plane) in planes.iter_mut().enumerate() {
-            let ones = match place.checked_sub(BASE_BITS + LEVELS) {
-                None => shapes >> place,
-                Some(level) => bits >> level,
-            };
-            // The product moves bit 8 * i to bit 56 + i, and no two bits to one place.
-            let byte = (ones & 0x0101_0101_0101_0101).wrapping_mul(0x0102_0408_1020_4080) >> 56;
-            *plane |= byte << (8 * index);
+        for (planes, table) in planes.iter_mut().zip([&code.shapes, &code.bits]) {
+            let codes = u64::from_le_bytes(nibbles.map(|nibble| table[usize::from(nibble)]));
+            for (place, plane) in planes.iter_mut().enumerate() {
+                // The product moves bit 8 * i to bit 56 + i, and no two bits to one place.
+                let byte = (codes >> place & 0x0101_0101_0101_0101).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+                *plane |= byte << (8 * index);
+            }
         }
     }
     planes
@@ -230,8 +246,14 @@ struct Bits<'a> {
     rest_bits: u32,
 }
 
-impl Bits<'_> {
-    /// Appends the `count` lowest bits, up to 64; the others are 0. There is room for them and one word more.
+impl<'a> Bits<'a> {
+    /// Room for all bits, and one word more.
+    #[inline(always)]
+    fn new(words: &'a mut Vec<[u8; 8]>) -> Self {
+        Self { words, at: 0, rest: 0, rest_bits: 0 }
+    }
+
+    /// Appends the `count` lowest bits, up to 64; the others are 0.
     #[inline(always)]
     fn append(&mut self, bits: u64, count: u32) {
         self.rest |= bits << self.rest_bits;
@@ -242,5 +264,17 @@ impl Bits<'_> {
         self.rest = std::hint::select_unpredictable(total >= 64, beyond, self.rest);
         self.at += (total / 64) as usize;
         self.rest_bits = total % 64;
+    }
+
+    /// Appends 64 bits where only words were appended before.
+    #[inline(always)]
+    fn append_word(&mut self, bits: u64) {
+        self.words[self.at] = bits.to_le_bytes();
+        self.at += 1;
+    }
+
+    /// Stores what was left when the last word was complete.
+    fn finish(self) {
+        self.words[self.at] = self.rest.to_le_bytes();
     }
 }
