@@ -16,7 +16,7 @@ use std::arch::x86_64::{
 };
 use std::mem::transmute;
 
-use super::{Job, avx512_nibbles};
+use super::{Job, avx512_crumbs, avx512_nibbles};
 use crate::dtype::{E4M3_MAX, F16_MAX, OutDtype};
 use crate::packing::Packing;
 
@@ -86,7 +86,10 @@ unsafe fn grouped<const OUT: u8, const PACKING: u8>(job: &Job<'_>, out: &mut [u8
     // SAFETY: as `plane` demands; only aligned stores stream.
     unsafe {
         let whole_units = OUT != E4M3 && PACKING == NIBBLES && (job.head_dim / 2).is_multiple_of(UNIT);
+        let whole_crumbs = OUT != E4M3 && PACKING == CRUMBS_BITS && (job.head_dim / 4).is_multiple_of(UNIT);
         match (job.per_channel, streaming) {
+            (_, false) if whole_crumbs => avx512_crumbs::plane::<OUT, false>(job, out),
+            (_, true) if whole_crumbs => avx512_crumbs::plane::<OUT, true>(job, out),
             (_, false) if whole_units => avx512_nibbles::plane::<OUT, false>(job, out),
             (_, true) if whole_units => avx512_nibbles::plane::<OUT, true>(job, out),
             (true, false) => rows::<OUT, PACKING, true, false>(job, out),

@@ -132,7 +132,7 @@ fn all_codes() -> __m512 {
 /// `out` has 64 bytes, aligned with `STREAMING`.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn store<const STREAMING: bool>(out: *mut u8, elements: __m512i) {
+pub(super) unsafe fn store<const STREAMING: bool>(out: *mut u8, elements: __m512i) {
     // SAFETY: as this function demands.
     unsafe {
         if STREAMING {
