@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs fuzz targets side by side, each on CPUs of its own, and prints what came of it.
 #
-#   [CPUS=0-23] [COLLECT=FOLDER] run.sh SECONDS OUT [TARGET...]
+#   [CPUS=0-23] [COLLECT=FOLDER] [TIMEOUT=30] run.sh SECONDS OUT [TARGET...]
 #
 # Needs only what lies beside it: bin/TARGET (built by `make fuzz-bundle`), corpus/TARGET, dictionaries/TARGET. CPUS says which CPUs to use, all that there are
 # by default. With more CPUs than targets each gets as many workers as fit, which share what they find; with fewer, targets wait until others have had their
-# time. OUT gets
+# time. An input may take TIMEOUT seconds by the clock: give more where the CPUs are not the fuzzers' alone. OUT gets
 #   logs/TARGET.N.log    what libFuzzer printed
 #   crashes/TARGET-*     inputs that crashed, ran out of time or of memory
 #   corpus/TARGET/       what reaches something that corpus/TARGET beside this script does not; a later run with the same OUT goes on from it
@@ -30,7 +30,7 @@ one() { # TARGET WORKER CPU
 	[ -f "$here/dictionaries/$target" ] && flags+=("-dict=$here/dictionaries/$target")
 	# What leaks is what a panic leaves behind; the engines' own budgets are checked by the targets.
 	(cd "$out" && ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 exec taskset -c "$3" "$here/bin/$target" "$out/corpus/$target" "$here/corpus/$target" \
-		-max_total_time="$seconds" -max_len=4096 -timeout=30 -rss_limit_mb=2048 -print_final_stats=1 -reload=10 \
+		-max_total_time="$seconds" -max_len=4096 -timeout="${TIMEOUT:-30}" -rss_limit_mb=2048 -print_final_stats=1 -reload=10 \
 		-artifact_prefix="$out/crashes/$target-" "${flags[@]}" >"$log.log" 2>&1)
 	echo "$?" >"$log.status"
 }
