@@ -189,7 +189,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
 
     /// Something other than a segment came from a store.
     fn heard(&mut self, now: Instant, store: StoreIndex) {
-        self.puller.path_mut(PathIndex(store.0)).heard(now);
+        self.puller.heard(now, PathIndex(store.0));
         self.store(store).gone_until = Instant::ZERO;
     }
 

@@ -43,12 +43,23 @@ impl Puller {
             let base = self.asks.get(ask).base;
             self.asks.arrived(&mut path.asks, ask, 1 << (arrival.segment - base));
         }
-        path.heard(now);
         path.window.arrived(arrival.is_marked);
+        let (path, is_whole) = (span.path, span.is_whole());
         self.link.arrived(bytes);
-        let is_whole = span.is_whole();
+        self.heard(now, path);
         let (is_late, round_trip) = self.note_answer(now, index, arrival, asked_by);
         Ok(TakenIn { is_whole, is_late, round_trip })
+    }
+
+    /// Something came from a peer: what else it was asked for may be waited for anew, perhaps not as long as before.
+    #[inline]
+    pub(crate) fn heard(&mut self, now: Instant, path: PathIndex) {
+        let path = &mut self.paths[path.at()];
+        path.heard(now);
+        if path.in_flight > 0 {
+            let at = path.timeout_at;
+            self.arm(at);
+        }
     }
 
     /// Learns from the PULL that a segment answers: whether it was lost at all, and the round trip. What the peer says of the PULL is

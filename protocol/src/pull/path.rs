@@ -99,7 +99,7 @@ impl Path {
 
     /// Something came from the peer.
     #[inline]
-    pub(crate) fn heard(&mut self, now: Instant) {
+    pub(super) fn heard(&mut self, now: Instant) {
         self.timeouts = 0;
         self.timeout_at = now.plus_nanos(self.rtt.pto());
     }

@@ -235,9 +235,11 @@ impl World {
     fn check(&self) {
         assert_eq!(self.puller.in_flight() as usize, self.under_way());
         for path in 0..PATHS {
-            assert_eq!(
-                self.puller.path(PathIndex(path as u16)).in_flight() as usize,
-                self.in_flight_of(path)
+            let known = self.puller.path(PathIndex(path as u16));
+            assert_eq!(known.in_flight() as usize, self.in_flight_of(path));
+            assert!(
+                known.in_flight() == 0 || self.puller.poll_timeout() <= known.timeout_at,
+                "who is waited for is looked at in time"
             );
         }
     }

@@ -240,9 +240,8 @@ impl AcceptEngine {
         let free = self.intakes.iter().position(|slot| slot.state == IntakeState::Free);
         let slot = free.ok_or(OfferStatus::Busy)?;
         let path = self.path_to(&from);
-        let to = self.puller.path_mut(path);
-        to.users += 1;
-        to.heard(now);
+        self.puller.path_mut(path).users += 1;
+        self.puller.heard(now, path);
         let intake = &mut self.intakes[slot];
         *intake = IntakeSlot {
             state: IntakeState::Reserving,
@@ -297,7 +296,7 @@ impl AcceptEngine {
         }
         self.counters.errors += 1;
         let path = intake.path;
-        self.puller.path_mut(path).heard(now);
+        self.puller.heard(now, path);
         match refusal.code {
             ErrorCode::Busy => {
                 self.puller.rest(now, path, u64::from(refusal.retry_us) * 1000, Some(refusal.sequence));
