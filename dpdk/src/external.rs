@@ -224,6 +224,8 @@ pub struct Attacher<M> {
     leases: Vec<ManuallyDrop<Box<Lease<M>>>>,
     /// The one used last.
     current: usize,
+    /// Those from here on have no owner: a store's lcore looks through the others at every turn.
+    used: usize,
 }
 
 struct Lease<M> {
@@ -276,6 +278,7 @@ impl<M: AsRef<[u8]> + Send + Sync + 'static> Attacher<M> {
             pool: Pool::without_buffers(eal, name, mbufs)?,
             leases: (0..owners.max(1)).map(|_| ManuallyDrop::new(lease())).collect(),
             current: 0,
+            used: 0,
         })
     }
 
@@ -309,16 +312,19 @@ impl<M: AsRef<[u8]> + Send + Sync + 'static> Attacher<M> {
     fn lease(&mut self, owner: &Arc<M>) -> Option<&mut Lease<M>> {
         let is_its = |lease: &Lease<M>| lease.owner.as_ref().is_some_and(|held| Arc::ptr_eq(held, owner));
         if !is_its(&self.leases[self.current]) {
-            let held = self.leases.iter().position(|lease| is_its(lease));
-            let found = held.or_else(|| {
-                let free = self.leases.iter().position(|lease| lease.in_flight() == 0)?;
-                let lease = &mut self.leases[free];
-                lease.owner = Some(Arc::clone(owner));
-                // SAFETY: reads a thread-local variable.
-                lease.detached.lcore = unsafe { dpdk_sys::shim_lcore_id() };
-                Some(free)
-            });
-            self.current = found?;
+            let used = &self.leases[..self.used];
+            self.current = match used.iter().position(|lease| is_its(lease)) {
+                Some(held) => held,
+                None => {
+                    let free = used.iter().position(|lease| lease.in_flight() == 0).unwrap_or(self.used);
+                    let lease = self.leases.get_mut(free)?;
+                    lease.owner = Some(Arc::clone(owner));
+                    // SAFETY: reads a thread-local variable.
+                    lease.detached.lcore = unsafe { dpdk_sys::shim_lcore_id() };
+                    self.used = self.used.max(free + 1);
+                    free
+                }
+            };
         }
         Some(&mut self.leases[self.current])
     }
@@ -328,10 +334,13 @@ impl<M> Attacher<M> {
     /// Lets go of the owners whose mbufs are all back.
     #[inline]
     pub fn let_go(&mut self) {
-        for lease in &mut self.leases {
+        for lease in &mut self.leases[..self.used] {
             if lease.owner.is_some() && lease.in_flight() == 0 {
                 lease.owner = None;
             }
+        }
+        while self.used > 0 && self.leases[self.used - 1].owner.is_none() {
+            self.used -= 1;
         }
     }
 
