@@ -128,6 +128,7 @@ const BURST: usize = 32;
 impl Stage for RxStage {
     fn poll(&mut self, now_ns: u64) -> usize {
         let now = Instant::from_nanos(now_ns);
+        self.link.fetch();
         let mut work = self.take_returned(now);
         work += self.take_messages(now);
         work += self.receive(now_ns);

@@ -308,6 +308,10 @@ impl Mbuf {
     #[inline]
     fn last(&self) -> NonNull<rte_mbuf> {
         let mut last = self.raw;
+        // Where the next is lies in another cache line, which is not looked at for nothing.
+        if self.segment_count() == 1 {
+            return last;
+        }
         // Bounded: a chain has at most 65,535 buffers and no cycle.
         while let Some(next) = NonNull::new(field!(last, SHIM_MBUF_NEXT as *mut rte_mbuf)) {
             last = next;

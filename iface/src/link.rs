@@ -381,6 +381,15 @@ impl Link {
         &self.counters
     }
 
+    /// Takes a burst from the device, and has the CPU fetch the headers, which the device has just written, while something else is done. What
+    /// was taken is handed on by the next [`Link::receive`].
+    #[inline]
+    pub fn fetch(&mut self) {
+        if self.received.is_empty() && self.rx.receive(&mut self.received) > 0 {
+            self.received.iter().for_each(Mbuf::prefetch);
+        }
+    }
+
     /// Receives one burst and hands each datagram for us to `deliver`, which says why it drops those that it does not take;
     /// neighbours' packets go to their table, errors to [`Link::take_path_error`]. Returns the number of frames received.
     #[inline]
@@ -389,11 +398,11 @@ impl Link {
         now_ns: u64,
         mut deliver: impl FnMut(Datagram) -> Result<(), DropReason>,
     ) -> usize {
-        let received = self.rx.receive(&mut self.received);
+        self.fetch();
+        let received = self.received.len();
         if received == 0 {
             return 0;
         }
-        self.received.iter().for_each(Mbuf::prefetch);
         let now = Instant::from_nanos(now_ns);
         let (mut bytes, mut datagrams) = (0, 0);
         while let Some(mbuf) = self.received.pop_front() {

@@ -77,12 +77,16 @@ impl<L: ChunkLayout> FetchEngine<L> {
         assert!(plane < planes, "a chunk in the list has planes to start");
         let range = self.chunk_ranges[chunk.at()].as_slice()[plane as usize];
         let store_index = self.chunks[chunk.at()].store;
-        let segments = range.bytes.div_ceil(u32::from(self.store(store_index).segment_bytes));
-        assert!(segments <= self.plane_segments, "checked when the header arrived");
-        let wanted = segments.min(self.puller.link().pull());
+        let segment_bytes = u32::from(self.store(store_index).segment_bytes);
+        // The segments are counted by a division, which is not done for planes that are not begun: this is asked with every burst.
+        let pull = self.puller.link().pull();
+        let is_short = range.bytes <= pull.saturating_sub(1).saturating_mul(segment_bytes);
+        let wanted = if is_short { range.bytes.div_ceil(segment_bytes) } else { pull };
         if self.puller.worth_of(self.now, PathIndex(store_index.0), wanted).is_none() {
             return Started::Nothing;
         }
+        let segments = range.bytes.div_ceil(segment_bytes);
+        assert!(segments <= self.plane_segments, "checked when the header arrived");
         if self.free_planes.is_empty() || self.memory + segments > self.config.memory_segments {
             return Started::Full;
         }
