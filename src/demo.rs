@@ -258,7 +258,7 @@ impl TwoProcesses {
     fn start(stage: &Stage<'_>) -> anyhow::Result<Self> {
         let memif = |role: &str| {
             format!(
-                "net_memif0,role={role},socket={}/memif.sock,socket-abstract=no,bsize=2048,rsize=11",
+                "net_memif0,role={role},socket={}/memif.sock,socket-abstract=no,bsize=2048,rsize=9",
                 stage.folder.display()
             )
         };
