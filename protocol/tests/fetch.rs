@@ -104,6 +104,57 @@ fn a_partly_stored_prefix_arrives_and_the_rest_is_named() {
     assert!(record.failed.iter().all(|(chunk, why)| *chunk >= 20 && *why == ChunkFailure::NotStored));
 }
 
+/// Looks one key up and runs until there is an answer; returns how many LOOKUPs that took, and how long.
+fn look_up(world: &mut World, id: u64, key: &Key) -> (u64, u64) {
+    let (now, begin, sent) = (world.now(), world.now, world.engine(0).counters().lookups_sent);
+    let at = now + Duration::from_secs(20);
+    world.engine_mut(0).lookup(now, LookupId(id), at, StoreIndex(0), &[*key]).unwrap();
+    world.drain();
+    while !world.lookups.contains_key(&id) {
+        let soon = world.now + 10_000;
+        world.run_until(soon);
+    }
+    assert_eq!(world.lookups[&id].1, 1);
+    (world.engine(0).counters().lookups_sent - sent, world.now - begin)
+}
+
+#[test]
+fn lookups_are_sent_once_again_after_the_round_trip_has_grown() {
+    let mut world = World::new(25, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 1, &SHAPE);
+    for id in 0..20 {
+        look_up(&mut world, id, &keys[0]);
+    }
+    // From 40 us to 200.
+    world.latency_nanos = 100_000;
+    let sent: u64 = (100..120).map(|id| look_up(&mut world, id, &keys[0]).0).sum();
+    assert!(sent < 20 + 10, "{sent} LOOKUPs for 20 keys");
+    assert_eq!(look_up(&mut world, 200, &keys[0]).0, 1);
+}
+
+#[test]
+fn a_store_that_was_down_for_long_is_not_waited_for_as_long_again() {
+    let mut world = World::new(26, &config(), serve());
+    let keys = fill(&mut world, 0, 0, 1, &SHAPE);
+    let (now, at) = (world.now(), Instant::from_nanos(20 * SECOND));
+    world.stores[0].alive = false;
+    world.engine_mut(0).lookup(now, LookupId(1), at, StoreIndex(0), &keys).unwrap();
+    world.drain();
+    world.run_until(6 * SECOND);
+    world.stores[0].alive = true;
+    world.run_until(7 * SECOND);
+    assert_eq!(world.lookups[&1].1, 1);
+    // The next LOOKUP is lost.
+    world.stores[0].alive = false;
+    let (now, begin) = (world.now(), world.now);
+    world.engine_mut(0).lookup(now, LookupId(2), at, StoreIndex(0), &keys).unwrap();
+    world.drain();
+    world.run_until(begin + 1_000_000);
+    world.stores[0].alive = true;
+    world.run_until(begin + 100_000_000);
+    assert!(world.lookups.contains_key(&2), "the longest timeout is 20 ms");
+}
+
 #[test]
 fn long_lookups_take_several_messages() {
     let mut world = World::new(4, &config(), serve());

@@ -563,6 +563,23 @@ fn a_store_that_dies_midway_ends_the_offer_at_its_deadline() {
 }
 
 #[test]
+fn memory_is_free_again_when_the_patience_is_over() {
+    let patience = 5 * MILLISECOND;
+    // The first timeout of a path is later.
+    let rto_min = Duration::from_millis(20);
+    let mut world = World::new(17, 1, AcceptConfig { rto_min, ..accept_config() });
+    world.offer(0, 5, patience);
+    world.run_until(30_000);
+    // The store has heard the offer, and nothing comes through any more.
+    world.carries_bytes = 0;
+    world.run_until(patience - MILLISECOND);
+    assert_eq!(world.store.granted.len(), 1);
+    // Patience is told in milliseconds.
+    world.run_until(patience + MILLISECOND);
+    assert!(world.store.granted.is_empty(), "not only when a timeout comes by");
+}
+
+#[test]
 fn a_store_that_restarts_midway_gets_the_chunk() {
     let mut world = World::new(4, 1, accept_config());
     let id = world.offer(0, 5, SECOND);

@@ -77,8 +77,10 @@ pub(super) struct Request {
     pub(super) rto_at: Instant,
     first_sent_at: Instant,
     sent_at: Instant,
-    /// Times sent; 0 again once it was answered.
+    /// Times sent; 0 again once it was answered, if only to say that the store is busy.
     sent: u8,
+    /// Earlier transmissions may be answered yet, of which `first_sent_at` and `sent` know nothing.
+    is_unclear: bool,
     /// Keys it asks for, and queries of them that still want to know.
     keys: u8,
     live: u8,
@@ -96,10 +98,33 @@ impl Request {
             first_sent_at: Instant::ZERO,
             sent_at: Instant::ZERO,
             sent: 0,
+            is_unclear: false,
             keys: 0,
             live: 0,
             queries: [None; MAX_LOOKUP_KEYS],
             first_key: Key([0; 32]),
+        }
+    }
+}
+
+/// How a LOOKUP was sent that is answered now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sent {
+    pub(super) first_at: Instant,
+    /// How often; 0 if that is not known.
+    pub(super) times: u8,
+    /// How long the last transmission was to be waited for, nanoseconds.
+    pub(super) wait: u64,
+}
+
+impl Request {
+    /// How it was sent, once.
+    fn take_sent(&mut self) -> Sent {
+        let times = std::mem::take(&mut self.sent);
+        Sent {
+            first_at: self.first_sent_at,
+            times: if self.is_unclear { 0 } else { times },
+            wait: self.rto_at.nanos().saturating_sub(self.sent_at.nanos()),
         }
     }
 }
@@ -313,7 +338,7 @@ impl<L: ChunkLayout> FetchEngine<L> {
             // round trip that may be longer than was thought: replicas that are each asked too impatiently are never heard.
             let wait = match (sent - 1).saturating_add(self.tries_of(request)) {
                 0 if self.placement.replicas() > 1 => self.hedge_after(store),
-                0 => self.path(store).rtt.pto(),
+                0 => self.path(store).rtt.first_wait(),
                 again => self.path(store).rtt.rto(again - 1),
             };
             let rto_at = now.plus_nanos(wait.max(1));
@@ -471,6 +496,9 @@ impl<L: ChunkLayout> FetchEngine<L> {
         if index.0 / REQUESTS_PER_STORE != store.0 {
             return Err(DropReason::WrongStore);
         }
+        // The store has heard it: waiting begins anew.
+        request.is_unclear |= request.sent != 1;
+        request.sent = 0;
         self.move_request(store, index);
         self.ask_again(store, index);
         Ok(())
@@ -495,7 +523,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
     ) -> Result<(), DropReason> {
         let index = RequestIndex(tag::slot_of(reply.request));
         let request = self.requests.get_mut(index.at()).ok_or(DropReason::Stale)?;
-        if request.id != reply.request || request.sent == 0 {
+        let is_over = request.sent == 0 && request.state == RequestState::Idle;
+        if request.id != reply.request || is_over {
             return Err(DropReason::Stale);
         }
         if index.0 / REQUESTS_PER_STORE != store.0 {
@@ -503,8 +532,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         if request.state == RequestState::Idle {
             // Nobody waits for it any more, but the store lives, only farther away than was thought.
-            let times = (request.first_sent_at, std::mem::take(&mut request.sent));
-            self.heard_reply(now, store, times);
+            let sent = request.take_sent();
+            self.heard_reply(now, store, sent);
             return Err(DropReason::Stale);
         }
         if reply.entries().len() != usize::from(request.keys) {
@@ -512,8 +541,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         }
         request.state = RequestState::Idle;
         // A copy of the reply says nothing of the round trip.
-        let (queries, times) = (request.queries, (request.first_sent_at, std::mem::take(&mut request.sent)));
-        self.heard_reply(now, store, times);
+        let (queries, sent) = (request.queries, request.take_sent());
+        self.heard_reply(now, store, sent);
         self.learn_epoch(store, reply.epoch);
         for (query, info) in queries.into_iter().zip(reply.entries()) {
             if let Some(query) = query.filter(

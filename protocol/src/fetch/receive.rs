@@ -8,6 +8,7 @@ use crate::wire::message::{self, Data, ErrorCode, Message, Refusal, Subject};
 
 use super::event::{Accepted, StoreIndex, TransferId};
 use super::index::{Index, TransferIndex};
+use super::query::Sent;
 use super::tables::{Transfer, TransferState};
 use super::{FetchEngine, Queued, tag};
 
@@ -173,15 +174,16 @@ impl<L: ChunkLayout> FetchEngine<L> {
         Ok(Accepted::Control)
     }
 
-    /// Takes in that a store answered a LOOKUP that was sent so often, the first time at `first`. Which transmission it answers is known of
-    /// those that were sent once.
-    pub(super) fn heard_reply(&mut self, now: Instant, store: StoreIndex, (first, sent): (Instant, u8)) {
-        let rtt = now.nanos().saturating_sub(first.nanos());
-        if sent == 1 {
-            self.puller.take_round_trip(now, PathIndex(store.0), rtt, 0);
-            self.store(store).latency.sample(rtt);
-        } else {
-            self.puller.path_mut(PathIndex(store.0)).rtt.is_at_most(rtt);
+    /// Takes in that a store answered a LOOKUP. Which transmission it answers is known of those that were sent once.
+    pub(super) fn heard_reply(&mut self, now: Instant, store: StoreIndex, sent: Sent) {
+        let rtt = now.nanos().saturating_sub(sent.first_at.nanos());
+        match sent.times {
+            0 => {}
+            1 => {
+                self.puller.take_round_trip(now, PathIndex(store.0), rtt, 0);
+                self.store(store).latency.sample(rtt);
+            }
+            _ => self.puller.path_mut(PathIndex(store.0)).rtt.bound(rtt, sent.wait),
         }
         self.heard(now, store);
         self.ready_blocked = false;

@@ -131,8 +131,8 @@ impl Link {
     /// Takes in the arrival of a segment of `bytes`.
     #[inline]
     pub(crate) fn arrived(&mut self, bytes: u32) {
-        self.arrived += 1;
-        self.bytes += u64::from(bytes) + OVERHEAD_BYTES;
+        self.arrived = self.arrived.saturating_add(1);
+        self.bytes = self.bytes.saturating_add(u64::from(bytes) + OVERHEAD_BYTES);
         if let Some(window) = &mut self.startup
             && !self.is_given
             && self.was_full
@@ -178,6 +178,11 @@ impl Link {
         self.ends_after = last_order;
         (self.from, self.bytes, self.arrived, self.lost, self.was_full) = (now, 0, 0, 0, false);
         self.refresh();
+    }
+
+    /// Takes in that something is asked for while nothing was under way: until it arrives the link was idle, which says nothing of its rate.
+    pub(crate) fn begin_anew(&mut self) {
+        (self.from, self.bytes, self.was_full) = (Instant::ZERO, 0, false);
     }
 
     fn measure(&mut self, now: Instant, congested: bool) {
@@ -280,6 +285,22 @@ mod tests {
             link.set_base(100_000);
             link.end_round(Instant::from_nanos((round + 1) * 100_000), round, false, true);
         }
+    }
+
+    #[test]
+    fn pauses_say_nothing_of_the_rate() {
+        let mut link = Link::new(0, 1440, 1 << 20);
+        run(&mut link, 5000, 0..20);
+        let found = link.cap();
+        // Bursts of a round trip, as of short fetches, with a pause of a second between them.
+        for burst in 1..50_u64 {
+            link.begin_anew();
+            link.is_full();
+            // The first segment ends a round; no other was asked for after it.
+            link.end_round(Instant::from_nanos(burst * 1_000_000_000), 20 + burst, false, true);
+            (0..5000).for_each(|_| link.arrived(1440));
+        }
+        assert!(link.cap() * 10 >= found * 9, "{} of {found}", link.cap());
     }
 
     #[test]

@@ -6,6 +6,8 @@
 const INITIAL_RTO_FACTOR: u64 = 2;
 /// How long a least round trip is believed: BBR's filter (draft-ietf-ccwg-bbr, MinRTTFilterLen).
 const LEAST_FOR_NS: u64 = 10_000_000_000;
+/// No round trip is taken for longer, and no timeout is for its sake: what took longer was not on its way but met somebody who was down.
+const MOST_RTT_NS: u64 = 1_000_000_000;
 /// Least margin of a tail probe over the smoothed round trip: a loop's turn on a busy core. RFC 9002's granularity is
 /// a millisecond, for timers of an operating system; we poll.
 const GRANULARITY_NS: u64 = 20_000;
@@ -20,6 +22,8 @@ pub(crate) struct Rtt {
     pto: u64,
     rto_min: u64,
     rto_max: u64,
+    /// Least first wait for a LOOKUP's answer, since one was answered only when repeated; zero again with the next sample.
+    kept: u64,
     /// No timeout is longer: `rto_max`, unless the round trip is as long. What is given up before its answer can be there is
     /// never answered, however often it is asked for.
     most: u64,
@@ -38,6 +42,7 @@ impl Rtt {
             pto: rto_min,
             rto_min,
             rto_max,
+            kept: 0,
             most: rto_max,
             least: [u64::MAX; 2],
             period_from: 0,
@@ -46,7 +51,8 @@ impl Rtt {
 
     /// Takes in a round trip, of which the request spent `waited` in the peer's queue.
     pub(crate) fn sample(&mut self, now: u64, rtt: u64, waited: u64) {
-        let rtt = rtt.max(1);
+        let rtt = rtt.clamp(1, MOST_RTT_NS);
+        self.kept = 0;
         if self.smoothed == 0 {
             (self.smoothed, self.variation) = (rtt, rtt / 2);
         } else {
@@ -66,13 +72,22 @@ impl Rtt {
         self.least[0] = self.least[0].min(base);
     }
 
-    /// Takes in that a round trip takes no longer than this: from the first of several transmissions to an answer. Before any sample, no
-    /// timeout is shorter.
-    pub(crate) fn is_at_most(&mut self, rtt: u64) {
+    /// Takes in that a round trip takes no longer than `rtt`, from the first of several transmissions to an answer; the last was waited for
+    /// `wait` before it would have been repeated. Before any sample, no timeout after the first is shorter. The next LOOKUP is given
+    /// more time than this one until a sample comes (RFC 6298 section 5.7 keeps the timeout): what is always sent twice is never measured.
+    pub(crate) fn bound(&mut self, rtt: u64, wait: u64) {
+        let rtt = rtt.clamp(1, MOST_RTT_NS);
+        let enough = rtt + rtt / 2;
         if self.smoothed == 0 {
-            self.most = self.most.max(rtt.saturating_add(rtt / 2));
-            (self.rto, self.pto) = (self.rto.max(rtt), self.pto.max(rtt));
+            self.most = self.most.max(enough);
+            self.rto = self.rto.max(rtt);
         }
+        self.kept = wait.max(self.kept).saturating_mul(2).min(enough);
+    }
+
+    /// How long to wait for the answer to a LOOKUP before it is sent a second time.
+    pub(crate) fn first_wait(&self) -> u64 {
+        self.pto.max(self.kept)
     }
 
     /// Smoothed round-trip time, once measured.
@@ -121,12 +136,39 @@ mod tests {
     fn an_answer_to_one_of_several_transmissions_bounds_the_round_trip() {
         let mut rtt = Rtt::new(10, 1000);
         assert_eq!((rtt.pto(), rtt.rto(0)), (10, 20));
-        rtt.is_at_most(4000);
-        assert_eq!((rtt.pto(), rtt.rto(0), rtt.rto(1)), (4000, 4000, 6000));
+        rtt.bound(4000, 20);
+        assert_eq!((rtt.pto(), rtt.rto(0), rtt.rto(1)), (10, 4000, 6000));
         assert_eq!(rtt.least(), None, "it is no sample");
         rtt.sample(0, 50, 0);
-        rtt.is_at_most(8000);
+        rtt.bound(8000, 20);
         assert_eq!(rtt.rto(0), 50 + 4 * 25);
+    }
+
+    #[test]
+    fn a_peer_that_was_down_is_not_taken_for_far_away() {
+        let mut rtt = Rtt::new(2_000_000, 200_000_000);
+        rtt.bound(6_000_000_000, 200_000_000);
+        assert_eq!((rtt.pto(), rtt.rto(0)), (2_000_000, MOST_RTT_NS));
+        assert_eq!(rtt.first_wait(), 400_000_000, "until the next answer");
+        rtt.sample(0, 60_000_000_000, 0);
+        assert!(rtt.pto() <= MOST_RTT_NS * 3 / 2 && rtt.rto(20) <= MOST_RTT_NS * 3 / 2, "{rtt:?}");
+    }
+
+    /// RFC 6298 section 5.7.
+    #[test]
+    fn what_was_answered_only_when_repeated_is_given_more_time_until_a_sample_comes() {
+        let mut rtt = Rtt::new(2_000_000, 200_000_000);
+        (0..50).for_each(|_| rtt.sample(0, 50_000, 0));
+        let usual = rtt.first_wait();
+        assert!(usual < 100_000);
+        rtt.bound(200_000, usual);
+        assert_eq!((rtt.first_wait(), rtt.pto()), (2 * usual, usual));
+        rtt.bound(200_000, rtt.first_wait());
+        assert_eq!(rtt.first_wait(), 4 * usual);
+        rtt.bound(200_000, 2_000_000);
+        assert_eq!(rtt.first_wait(), 300_000, "as long as it can have taken, and a half");
+        rtt.sample(0, 200_000, 0);
+        assert_eq!(rtt.first_wait(), rtt.pto());
     }
 
     #[test]

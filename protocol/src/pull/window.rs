@@ -88,8 +88,8 @@ impl Window {
     /// Takes in an arrival.
     #[inline]
     pub(crate) fn arrived(&mut self, marked: bool) {
-        self.arrived += 1;
-        self.marked += u32::from(marked);
+        self.arrived = self.arrived.saturating_add(1);
+        self.marked = self.marked.saturating_add(marked.into());
     }
 
     /// Takes in that segments were given up as lost.
@@ -101,7 +101,7 @@ impl Window {
     pub(crate) fn sample(&mut self, rtt: u64) {
         self.least_rtt = self.least_rtt.min(rtt);
         self.rtt_sum = self.rtt_sum.saturating_add(rtt);
-        self.rtts += 1;
+        self.rtts = self.rtts.saturating_add(1);
     }
 
     /// By how much a usual round trip exceeds the least of its round, nanoseconds.
@@ -124,8 +124,8 @@ impl Window {
     /// Ends a round: the next ends with what is asked for after `last_order`. Returns whether there was congestion.
     pub(crate) fn end_round(&mut self, last_order: u64, bounds: &Bounds) -> bool {
         let before = self.limit.min(bounds.most);
-        let (least_rtt, seen) = (self.least_rtt, self.arrived + self.lost);
-        let marked = self.marked * ONE / self.arrived.max(1);
+        let (least_rtt, seen) = (self.least_rtt, self.arrived.saturating_add(self.lost));
+        let marked = share_of(self.marked, self.arrived);
         self.marks = self.marks - (self.marks >> MARK_SHIFT) + (marked >> MARK_SHIFT);
         if self.rtts > 0 {
             let above = (self.rtt_sum / u64::from(self.rtts)).saturating_sub(least_rtt);
@@ -133,7 +133,7 @@ impl Window {
         }
         let overflows = self.lost >= LEAST_LOSSES && self.lost > seen / LOSS_TOLERANCE;
         let next = if overflows {
-            before - part(before, self.lost * ONE / seen / 2)
+            before - part(before, share_of(self.lost, seen) / 2)
         } else if marked > 0 {
             before - part(before, self.marks.max(1) / 2)
         } else if least_rtt == u64::MAX {
@@ -168,6 +168,12 @@ impl Window {
         let goal = u32::try_from(flying).unwrap_or(u32::MAX).saturating_add(share);
         before / 2 + goal / 2 + (before & goal & 1)
     }
+}
+
+/// `some` of `all` in parts of `ONE`, at most all.
+fn share_of(some: u32, all: u32) -> u32 {
+    let share = u64::from(some) * u64::from(ONE) / u64::from(all.max(1));
+    u32::try_from(share).unwrap_or(ONE).min(ONE)
 }
 
 fn part(of: u32, share: u32) -> u32 {
@@ -260,6 +266,17 @@ mod tests {
         }
         few.end_round(1, &PATH);
         assert!((990..1000).contains(&few.limit()), "{}", few.limit());
+    }
+
+    /// A peer decides how long a round is: one that names PULLs nobody knows ends none.
+    #[test]
+    fn a_round_without_end_overflows_nothing() {
+        let mut window = Window { arrived: u32::MAX, marked: u32::MAX, rtts: u32::MAX, ..Window::OPEN };
+        window.arrived(true);
+        window.sample(PATH.base);
+        window.lost(u32::MAX);
+        assert!(window.end_round(1, &PATH));
+        assert!(window.limit() <= PATH.most);
     }
 
     #[test]

@@ -195,6 +195,7 @@ impl AcceptEngine {
             if known.is(&from, offer) {
                 known.from = from;
                 known.patience_until = patience_until;
+                self.puller.arm(patience_until);
                 if offer.segment_bytes >= known.segment_bytes || known.state != IntakeState::Pulling {
                     return self.reply(from, offer, OfferStatus::UnderWay);
                 }
@@ -377,7 +378,7 @@ impl AcceptEngine {
     fn begin_to_pull(&mut self, now: Instant, slot: usize) {
         let intake = &mut self.intakes[slot];
         (intake.state, intake.heard_at) = (IntakeState::Pulling, now);
-        self.puller.arm(now + self.config.silence);
+        self.puller.arm((now + self.config.silence).min(intake.patience_until));
     }
 
     fn free(&mut self, slot: usize) {
