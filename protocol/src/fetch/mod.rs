@@ -337,7 +337,8 @@ impl<L: ChunkLayout> FetchEngine<L> {
         (found.tag == transfer.0 && found.state == TransferState::Announced).then_some(found)
     }
 
-    /// When to call [`handle_timeout`](Self::handle_timeout) at the latest; may be earlier than anything is overdue.
+    /// When to call [`handle_timeout`](Self::handle_timeout) and then [`poll_transmit`](Self::poll_transmit) at the latest: what waits
+    /// for its pace is sent by the latter. May be earlier than anything is overdue.
     #[inline]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let at = self.puller.poll_timeout().min(self.next_deadline);

@@ -9,7 +9,8 @@ use super::AcceptEngine;
 use super::intake::{IntakeSlot, IntakeState};
 
 impl AcceptEngine {
-    /// When to call [`handle_timeout`](Self::handle_timeout) at the latest.
+    /// When to call [`handle_timeout`](Self::handle_timeout) and then [`poll_transmit`](Self::poll_transmit) at the latest: what waits
+    /// for its pace is sent by the latter.
     #[inline]
     pub fn poll_timeout(&self) -> Option<Instant> {
         let at = self.puller.poll_timeout();
