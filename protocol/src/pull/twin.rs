@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use crate::time::Instant;
 use crate::wire::message::{MAX_CONTROL_BYTES, Message};
 
-use super::{Arrival, Budgets, PathIndex, Puller, SpanIndex, Worth};
+use super::{Arrival, Budgets, PathIndex, Puller, SpanIndex, TimedOut, Worth};
 
 const SEGMENT_BYTES: u16 = 64;
 const PATHS: usize = 2;
@@ -192,10 +192,17 @@ impl World {
             let lost = self.puller.find_losses(now, index);
             self.check_given_up(path, lost, |twin, at, now| twin.is_late(at, now, (0, 0)));
             assert_eq!(before - self.under_way(), lost as usize);
-            self.puller.time_out(now, index);
-            let under_way = self.puller.path(index).in_flight();
-            let lost = self.in_flight_of(path) as u32 - under_way;
-            self.check_given_up(path, lost, |_, _, _| true);
+            let (before, due_at) = (self.in_flight_of(path) as u32, self.puller.path(index).timeout_at);
+            let done = self.puller.time_out(now, index);
+            let lost = before - self.puller.path(index).in_flight();
+            let expected = match done {
+                TimedOut::No => 0,
+                TimedOut::Probed => 1,
+                TimedOut::All(lost, _) => lost.max(before),
+            };
+            assert_eq!(lost, expected, "nothing, the last, or all: {done:?}");
+            assert_eq!(done != TimedOut::No, before > 0 && due_at <= now, "in time, and not before");
+            self.check_given_up(path, lost, |_, _, _| done != TimedOut::No);
         }
     }
 
