@@ -92,8 +92,8 @@ class Pair:
         return [] if self.huge else ["--no-huge"]
 
     def testpmd(self, folder, role, mode, cpu, other_cpu, mtu):
-        """As many mbufs, of the same size, as ours; its bursts are of 32 too."""
-        command = [self.arguments.testpmd, f"--lcores=0@{other_cpu},1@{cpu}", *self.eal_memory(role), "--no-pci", "--no-telemetry",
+        """As many mbufs, of the same size and out of the same kind of pool, as ours; its bursts are of 32 too."""
+        command = [self.arguments.testpmd, f"--lcores=0@{other_cpu},1@{cpu}", *self.eal_memory(role), "--no-pci", "--no-telemetry", "--mbuf-pool-ops-name=stack",
                    f"--file-prefix=testpmd-{mode}-{os.getpid()}", f"--vdev={self.memif(folder, role, mtu)}", "--",
                    f"--forward-mode={mode}", "--auto-start", "--stats-period=1", "--total-num-mbufs=16384",
                    f"--mbuf-size={FRAMES[mtu]['bsize'] + 128}"]

@@ -116,6 +116,7 @@ impl Work {
 
 /// The planes of a chunk, encoded, and the CRC of the chunk.
 fn planes_of(
+    isa: Isa,
     chunk: &Planes,
     (codec, packing, largest): (Codec, Packing, u8),
     with: Compression,
@@ -124,6 +125,7 @@ fn planes_of(
     let plane = |layer, side| chunk.bytes[compress::plane_index(layer, side)].as_slice();
     let plane_codec = PlaneCodec { compression: with, ..codec.into() };
     Encoder::new(plane_codec, 1)
+        .with_isa(isa)
         .encode_chunk(&[0; 32], &chunk.shape, plane, &mut encoded)
         .expect("finite planes");
     let view = ChunkView::parse(&encoded).expect("what the encoder writes parses");
@@ -153,8 +155,7 @@ fn planes_of(
         };
         let (mut parts, mut section) = (vec![0; 4 * groups + plain_bytes], vec![0; section_bytes]);
         let job = plane.quantize_job(&chunk.bytes[index]);
-        quantize(Isa::detect(), &job, &mut QuantizeScratch::default(), &mut parts, &mut section)
-            .expect("finite");
+        quantize(isa, &job, &mut QuantizeScratch::default(), &mut parts, &mut section).expect("finite");
         let widen = |bytes: &[u8]| -> Vec<f32> {
             bytes
                 .chunks_exact(2)
@@ -203,7 +204,7 @@ fn main() {
     for codec in CODECS.into_iter().filter(|codec| value("--codec").is_none_or(|name| codec.0.name() == name))
     {
         for with in [Compression::None, Compression::Sliced] {
-            let (planes, crc) = planes_of(&chunk, codec, with);
+            let (planes, crc) = planes_of(isa, &chunk, codec, with);
             measure(isa, &chunk, &planes, slots, &format!("{}/{with}", codec.0), crc);
         }
     }

@@ -1,17 +1,21 @@
 //! The instruction sets that kernels are written for, chosen once, when a decoder or encoder is made.
 
-/// An instruction set that has kernels of its own. Every one gives the same bits.
+/// An instruction set that has kernels of its own. Every one gives the same bits. Only [`Isa::supported`] and [`Isa::detect`] make those
+/// that not every CPU has, so whoever holds one may use it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     /// Plain loops, the twin that the others are tested against.
     Scalar,
     /// x86-64 with AVX2, F16C and BMI2.
+    #[non_exhaustive]
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// As [`Isa::Avx2`], and AVX-512 F, BW, VL, VBMI, BF16 and VPOPCNTDQ, and GFNI: Zen 4, Sapphire Rapids, and later.
+    #[non_exhaustive]
     #[cfg(target_arch = "x86_64")]
     Avx512,
     /// aarch64.
+    #[non_exhaustive]
     #[cfg(target_arch = "aarch64")]
     Neon,
 }

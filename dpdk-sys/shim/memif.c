@@ -90,7 +90,8 @@ uint16_t shim_memif_tx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mb
 		return 0;
 	uint16_t count = rte_eth_tx_burst(port, queue, mbufs, n);
 	leave(slot);
-	return count;
+	/* With zero-copy=yes the driver says 65535 when the connection ended under it: it has the mbufs by then. */
+	return count > n ? n : count;
 }
 
 /* What the driver calls in place of munmap, before it frees anything of a region. */
@@ -248,6 +249,8 @@ void shim_memif_close(uint16_t port)
 	do
 		rte_errno = 0;
 	while (rte_eal_alarm_cancel(retry, port_argument(port)) > 0 || rte_errno == EINPROGRESS);
-	if (on_interrupt_thread(close_work, port) == -ENOMEM)
+	if (on_interrupt_thread(close_work, port) == -ENOMEM) {
+		shim_memif_unwatch(port);
 		rte_eth_dev_close(port);
+	}
 }

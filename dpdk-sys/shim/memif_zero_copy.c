@@ -170,8 +170,18 @@ static void empty(struct queue *queue, char *region, size_t bytes)
 		return;
 	uint16_t size = (uint16_t)(1u << queue->log2_ring);
 	uint16_t held = (uint16_t)(__atomic_load_n(&ring->head, __ATOMIC_ACQUIRE) - queue->last_tail);
-	for (uint16_t index = 0; held <= size && index < held; index++)
-		rte_pktmbuf_free_seg(queue->mbufs[(uint16_t)(queue->last_tail + index) & (size - 1)]);
+	/* The server can write there: what it cannot have been is not believed. */
+	if (held > size) {
+		rte_log(RTE_LOG_ERR, RTE_LOGTYPE_EAL, "port %u: the server left a ring of %u mbufs with %u in it: they are lost\n",
+			queue->port, size, held);
+		held = 0;
+	}
+	for (uint16_t index = 0; index < held; index++) {
+		struct rte_mbuf **mbuf = &queue->mbufs[(uint16_t)(queue->last_tail + index) & (size - 1)];
+		if (*mbuf != NULL)
+			rte_pktmbuf_free_seg(*mbuf);
+		*mbuf = NULL;
+	}
 	rte_free(queue->mbufs);
 	queue->mbufs = NULL;
 }

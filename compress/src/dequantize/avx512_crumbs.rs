@@ -22,6 +22,8 @@ const TOKENS: usize = 4;
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16")]
 pub(super) unsafe fn plane<const OUT: u8, const STREAMING: bool>(job: &Job<'_>, out: &mut [u8]) {
     let (dim, rows) = (job.head_dim, out.len() / 2 / job.head_dim);
+    // Once: several rows are written in turn.
+    let out = out.as_mut_ptr();
     // SAFETY: as this function demands: so many rows, and so many tokens.
     unsafe {
         if !job.per_channel {
@@ -55,13 +57,13 @@ impl Place {
     /// # Safety
     /// A row begins with this element.
     #[inline]
-    unsafe fn of(job: &Job<'_>, out: &mut [u8], element: usize) -> Self {
+    unsafe fn of(job: &Job<'_>, out: *mut u8, element: usize) -> Self {
         // SAFETY: as this function demands.
         unsafe {
             Self {
                 section: job.section.as_ptr().add(element / 4),
                 plain: job.plain.as_ptr().add(element / 8),
-                out: out.as_mut_ptr().add(2 * element),
+                out: out.add(2 * element),
             }
         }
     }
@@ -121,17 +123,15 @@ unsafe fn row_of<const OUT: u8, const STREAMING: bool>(
 unsafe fn channels<const OUT: u8, const STREAMING: bool, const TOKENS: usize>(
     job: &Job<'_>,
     token: usize,
-    out: &mut [u8],
+    out: *mut u8,
 ) {
     let (channels, quarter) = (job.scales.len(), job.head_dim / 4);
     for first in (0..channels).step_by(job.head_dim) {
         for at in (0..quarter).step_by(UNIT) {
             // SAFETY: 32 channels of each quarter of a row, in all of these tokens.
             unsafe {
-                let mut places = [Place::of(job, out, token * channels + first); TOKENS];
-                for (index, place) in places.iter_mut().enumerate() {
-                    *place = Place::of(job, out, (token + index) * channels + first);
-                }
+                let places =
+                    std::array::from_fn(|index| Place::of(job, out, (token + index) * channels + first));
                 let (scales, offsets) = (job.scales.as_ptr().add(first), job.offsets.as_ptr().add(first));
                 quarter_of::<OUT, STREAMING, TOKENS, 0>(places, scales, offsets, at, quarter);
                 quarter_of::<OUT, STREAMING, TOKENS, 1>(places, scales, offsets, at, quarter);

@@ -45,7 +45,7 @@ fn all_avx2(job: &Job<'_>, ranges: &Ranges, groups: &mut Groups, bytes: [&mut [u
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn all_avx512(job: &Job<'_>, ranges: &Ranges, groups: &mut Groups, bytes: [&mut [u8]; 2]) {
     all(job, ranges, groups, bytes);
 }

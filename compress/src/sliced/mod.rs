@@ -218,7 +218,9 @@ mod tests {
             })
         };
         let values = proptest::collection::vec(0_u8..16, 1..40);
-        (values, 1_usize..700).prop_flat_map(move |(values, count)| {
+        // Some fill several batches of the encoder.
+        let counts = prop_oneof![3 => 1_usize..700, 1 => 1000_usize..3500];
+        (values, counts).prop_flat_map(move |(values, count)| {
             let byte = (nibble(values.clone()), nibble(values)).prop_map(|(low, high)| low | high << 4);
             proptest::collection::vec(byte, count)
         })
