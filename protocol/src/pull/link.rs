@@ -180,11 +180,6 @@ impl Link {
         self.refresh();
     }
 
-    /// Takes in that something is asked for while nothing was under way: until it arrives the link was idle, which says nothing of its rate.
-    pub(crate) fn begin_anew(&mut self) {
-        (self.from, self.bytes, self.was_full) = (Instant::ZERO, 0, false);
-    }
-
     fn measure(&mut self, now: Instant, congested: bool) {
         let nanos = now.nanos().saturating_sub(self.from.nanos());
         let began = self.from != Instant::ZERO;
@@ -285,22 +280,6 @@ mod tests {
             link.set_base(100_000);
             link.end_round(Instant::from_nanos((round + 1) * 100_000), round, false, true);
         }
-    }
-
-    #[test]
-    fn pauses_say_nothing_of_the_rate() {
-        let mut link = Link::new(0, 1440, 1 << 20);
-        run(&mut link, 5000, 0..20);
-        let found = link.cap();
-        // Bursts of a round trip, as of short fetches, with a pause of a second between them.
-        for burst in 1..50_u64 {
-            link.begin_anew();
-            link.is_full();
-            // The first segment ends a round; no other was asked for after it.
-            link.end_round(Instant::from_nanos(burst * 1_000_000_000), 20 + burst, false, true);
-            (0..5000).for_each(|_| link.arrived(1440));
-        }
-        assert!(link.cap() * 10 >= found * 9, "{} of {found}", link.cap());
     }
 
     #[test]

@@ -371,9 +371,6 @@ impl Puller {
         span.asked = span.asked.max(base + end);
         span.cursor = base + end;
         span.in_flight += count;
-        if self.in_flight == 0 {
-            self.link.begin_anew();
-        }
         if path.in_flight == 0 {
             path.timeout_at = now.plus_nanos(path.timeout());
         }
